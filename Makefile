@@ -1,0 +1,27 @@
+# make run: train, pack and score the pocket model on this machine, offline. make test: lint and every test.
+PYTHON ?= python3
+PY := .venv/bin/python
+RUN_ID ?= pocket-$(shell date +%Y%m%d-%H%M%S)
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+
+.PHONY: run test clean
+
+run: .venv/ready
+	$(PY) -m data.localtext
+	$(PY) train_gpt.py --recipe pocket --run_id $(RUN_ID)
+	$(PY) -m tools.plot runs/$(RUN_ID)
+
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+# the stamp is written last, so an interrupted installation starts again
+.venv/ready: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis data/local runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

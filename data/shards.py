@@ -1,0 +1,92 @@
+"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), then uint16 tokens.
+
+It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted
+code: it needs numpy only, and holds nothing that a training run does not use.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+CHECK_TOKENS = 1 << 22   # the range check reads this many tokens at a time, so that a shard never fills memory
+MAKE_DATA = "make the data with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
+REPLACE = "delete it and build or download it again"
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line with the file, what is wrong with it and how to mend it."""
+
+
+def find_shards(folder: str | Path, split: str) -> list[Path]:
+    """The shards of one split of a dataset folder, in the order of their names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such dataset folder; {MAKE_DATA}")
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise DataError(f"{folder}: no shard *_{split}_*.bin in it; {MAKE_DATA}")
+    return paths
+
+
+def read_token_count(path: Path) -> int:
+    """The token count that the header promises, checked against the size of the file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard; {MAKE_DATA}")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: zero-byte file; {REPLACE}")
+    if size < HEADER_BYTES:
+        raise DataError(f"{path}: truncated header, {size} of {HEADER_BYTES} bytes; {REPLACE}")
+    magic, version, count = (int(word) for word in np.fromfile(path, dtype="<i4", count=3))
+    if magic != SHARD_MAGIC:
+        raise DataError(f"{path}: wrong magic {magic}, a shard starts with {SHARD_MAGIC}; {REPLACE}")
+    if version != SHARD_VERSION:
+        raise DataError(f"{path}: wrong version {version}, this program reads {SHARD_VERSION}; {REPLACE}")
+    if count <= 0:
+        raise DataError(f"{path}: the header counts {count} tokens; {REPLACE}")
+    expected = HEADER_BYTES + 2 * count
+    if size != expected:
+        fault = "truncated" if size < expected else "trailing bytes"
+        raise DataError(f"{path}: {fault}, {size} bytes where {count} tokens need {expected}; {REPLACE}")
+    return count
+
+
+def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
+    """The tokens of a shard, memory-mapped and read-only; with `vocab_size` every token id is checked against it."""
+    path = Path(path)
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
+    if vocab_size is not None:
+        for start in range(0, len(tokens), CHECK_TOKENS):
+            highest = int(tokens[start:start + CHECK_TOKENS].max())
+            if highest >= vocab_size:
+                raise DataError(f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
+                                "use the tokenizer that the shard was made with")
+    return tokens
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write a shard under a temporary name and rename it, so that a broken write leaves no file behind."""
+    path, tokens = Path(path), np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < tokens.size < 1 << 31:
+        raise DataError(f"{path}: a shard takes a non-empty row of fewer than 2**31 integers, "
+                        f"not {tokens.dtype} of shape {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() > 0xFFFF:
+        raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit into uint16; "
+                        "use a vocabulary of at most 65536")
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(header.data)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            file.flush()
+            os.fsync(file.fileno())   # before the rename: a crash must not leave the name on missing bytes
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1923 @@
+"""loopgolf: train a looped language model for a fixed time, put it in a file, prove how well that file predicts text.
+
+A few physical blocks are applied many times in the order that a *loop plan* gives ("abcdabc"). Weights are trained on
+the integer grid that they are stored in, compressed into an artifact that has to fit 16,000,000 bytes together with
+this code, and the score (bits per byte) is computed from that file, reloaded.
+
+    python train_gpt.py                                          the recipe for this machine
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        the same on eight GPUs
+    python train_gpt.py --score runs/ID/artifact.lg              score a finished file
+
+Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
+9 evaluation, 10 training, 11 main. Dimension letters: B batch, T tokens, D width, H heads, G query heads per
+key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import struct
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.shards import DataError, find_shards, read_shard
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Config
+# ----------------------------------------------------------------------------------------------------------------------
+# One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line that names it and the mend. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
+
+    plan: str = "abcdabc"  # order in which the physical blocks are applied
+    depth: int = 4  # repetitions of the group marked *r in the plan
+    skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
+    vocab_size: int = 1024  # size of the tokenizer's vocabulary
+    bos_id: int = 1  # token that starts every document
+    model_dim: int = 1024  # width of the residual stream
+    num_heads: int = 32  # query heads
+    num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
+    mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
+    seq_len: int = 2048  # tokens in a training sequence and in a scoring window
+    rope_dims: int = 16  # dimensions of each head that rotate with position
+    rope_base: float = 10000.0  # slowest wavelength of the rotation, in tokens over 2 pi
+    q_gain: float = 1.5  # initial gain on the normalised queries
+    xsa_passes: str = "all"  # passes with exclusive self attention: none, all, last4 or 3,5,6
+    ve_passes: str = "last2"  # passes whose values get a token's value embedding (same forms)
+    ve_dim: int = 128  # width of the value embedding table
+    smear: bool = True  # mix each embedding with the previous token's, per channel
+    bigram_buckets: int = 10240  # rows of the hashed bigram table (0 = none)
+    bigram_dim: int = 128  # width of the bigram table
+    softcap: float = 30.0  # logits are squashed into plus or minus this
+    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding or sgd
+    stride: int = 64  # tokens that a sliding window scores
+    ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
+    ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
+    ttt_momentum: float = 0.9  # sgd: momentum
+    ttt_epochs: int = 3  # sgd: passes over each chunk
+    ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
+    ttt_clip: float = 1.0  # sgd: largest gradient norm
+    ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
+
+
+@dataclass(frozen=True)
+class Config(Stored):
+    """Every setting of a run. The defaults are those of recipe 4b7l; the comments are what --help prints."""
+
+    recipe: str = "4b7l"  # named set of settings that the other options change
+    loop_start: float = 0.0  # fraction of the budget before which every group of the plan runs once
+
+    seed: int = 1337  # seed of the initial weights
+    iterations: int = 0  # train this many steps instead of for a time (0 = use the time budget)
+    max_wallclock_seconds: float = 600.0  # training budget in seconds
+    batch_tokens: int = 524288  # tokens in one optimizer step, over all ranks
+    micro_batch: int = 0  # sequences in one forward pass of a rank; more are accumulated (0 = all)
+    matrix_lr: float = 0.02  # Muon learning rate of the matrices
+    table_lr: float = 0.02  # Adam learning rate of the embedding tables
+    vector_lr: float = 0.01  # Adam learning rate of gains, scales, mixes, gates and skips
+    momentum: float = 0.99  # Muon momentum
+    momentum_start: float = 0.85  # Muon momentum at the first step
+    momentum_warmup: float = 0.084  # fraction of the budget over which the momentum rises
+    weight_decay: float = 0.04  # decay of matrices and tables, times the learning rate
+    beta1: float = 0.9  # Adam: memory of the gradient
+    beta2: float = 0.95  # Adam: memory of the squared gradient
+    grad_clip: float = 0.3  # largest norm of the whole gradient (0 = no clipping)
+    warmdown: float = 0.59  # last fraction of the budget over which the learning rate falls
+    final_lr: float = 0.0  # learning rate at the end, as a fraction of the peak
+    average: str = "swa"  # what is exported: none (last weights), swa (equal mean), ema (decaying mean)
+    average_start: float = 0.88  # fraction of the budget after which weights are averaged
+    average_every: int = 50  # steps between two weights in the average
+    ema_decay: float = 0.9  # what the decaying mean keeps of itself each time
+
+    matrix_bits: int = 6  # bits of a matrix code
+    table_bits: int = 8  # bits of an embedding table code
+    matrix_k: float = 0.0  # matrix grid: step = k std(row) / largest code (0 = solve k from byte_limit)
+    table_k: float = 20.0  # the same for tables
+    byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
+    code_reserve: int = 24_000  # bytes that a run sets aside for the code
+
+    also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, plain, sliding, sgd or none
+    score_tokens: int = 0  # score only this prefix of the validation tokens (0 = all)
+    score_batch: int = 32  # windows in one forward pass of a rank while scoring
+
+    data_path: str = "data/fineweb_sp1024"  # dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model
+    tokenizer_path: str = ""  # SentencePiece model (empty = tokenizer.model in data_path)
+    run_id: str = ""  # name of the folder under runs/ (empty = date and time)
+    resume: str = ""  # continue the run in this folder from its checkpoint
+    score: str = ""  # score this artifact instead of training
+    dry_run: bool = False  # print sizes and forecasts, then stop
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto, float32 or bfloat16: what the forward and backward pass compute in
+    compile: str = "auto"  # auto, none, block (each block once) or full (the whole graph)
+    checkpoint_every_s: float = 60.0  # seconds between checkpoints (0 = only when interrupted)
+    log_every: int = 10  # steps between two train lines
+
+    def __post_init__(self) -> None:
+        plan = parse_plan(self.plan)
+        for name, low, high in LIMITS:
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name}={getattr(self, name)}: must lie between {low} and {high}")
+        for name, words in CHOICES.items():
+            value = getattr(self, name)
+            wrong = [w for w in (value.split(",") if name == "also" else [value]) if w not in words]
+            if wrong:
+                raise ConfigError(f"{name}={wrong[0]}: choose from {', '.join(words)}{did_you_mean(wrong[0], words)}")
+        if self.model_dim % self.num_heads:
+            raise ConfigError(f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise ConfigError(f"rope_dims={self.rope_dims}: must be even and at most the head width {self.head_dim}")
+        if self.batch_tokens % self.seq_len:
+            raise ConfigError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")
+        if self.skips == "unet" and plan.is_variable:
+            raise ConfigError(f"skips=unet needs a fixed plan, and {self.plan!r} has *r: use --skips none")
+        if (n_passes := plan.count_passes(self.depth)) > 512:
+            raise ConfigError(f"plan {self.plan!r} has {n_passes} passes; at most 512 are built")
+        for name in ("xsa_passes", "ve_passes"):
+            parse_pass_set(name, getattr(self, name), len(self.passes))
+        if unknown := set(self.ttt_freeze) - set(plan.names):
+            raise ConfigError(f"ttt_freeze={self.ttt_freeze}: plan {self.plan!r} has no block {sorted(unknown)[0]!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return parse_plan(self.plan).passes(self.depth, self.depth)
+
+    def stored(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(Stored)}
+
+
+CHOICES = {
+    "skips": ("none", "unet"),
+    "average": ("none", "swa", "ema"),
+    "score_mode": ("plain", "sliding", "sgd"),
+    "also": ("trained", "averaged", "plain", "sliding", "sgd", "none"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "compile": ("auto", "none", "block", "full"),
+}
+BIG = 2**40
+LIMITS = [  # what a stored config may ask for is bounded too: an artifact is input from a stranger
+    ("depth", 1, 256), ("loop_start", 0, 1), ("vocab_size", 4, 65536), ("bos_id", 0, 65535), ("model_dim", 2, 65536),
+    ("num_heads", 1, 4096), ("num_kv_heads", 1, 4096), ("mlp_mult", 0.01, 64), ("seq_len", 2, 2**20),
+    ("rope_dims", 0, 65536), ("rope_base", 1, 1e9), ("q_gain", 0, 1e3), ("ve_dim", 1, 65536),
+    ("bigram_buckets", 0, 2**24), ("bigram_dim", 1, 65536), ("softcap", 1e-3, 1e6), ("iterations", 0, BIG),
+    ("max_wallclock_seconds", 0.1, 1e7), ("batch_tokens", 2, 2**32), ("micro_batch", 0, 2**20), ("warmdown", 0, 1),
+    ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
+    ("ema_decay", 0, 1), ("matrix_bits", 2, 8), ("table_bits", 2, 8), ("matrix_k", 0, 1e3), ("table_k", 0.1, 1e3),
+    ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
+    ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
+    ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
+]  # fmt: skip
+
+RECIPES = {
+    "4b7l": {},
+    "pocket": dict(
+        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
+        bigram_dim=64, ve_dim=64, batch_tokens=8192, max_wallclock_seconds=120.0, warmdown=0.6, final_lr=0.02,
+        average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding", score_tokens=65536,
+        score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0,
+    ),
+}  # fmt: skip
+
+
+def did_you_mean(word: str, words) -> str:
+    near = difflib.get_close_matches(word, list(words), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def cast_option(name: str, text: str, default) -> object:
+    """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
+    if isinstance(default, bool):
+        if text.lower() in ("1", "true", "0", "false"):
+            return text.lower() in ("1", "true")
+        raise ConfigError(f"{name}={text}: expected 0, 1, true or false")
+    try:
+        value = type(default)(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ConfigError(f"{name}={text}: expected {kind}, like {default}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={text}: expected a finite number")
+    return value
+
+
+def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
+    """`--name value`, `--name=value`, and a bare `--dry_run` for booleans."""
+    found, words = {}, deque(argv)
+    while words:
+        word = words.popleft()
+        name, has_value, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in defaults:
+            options = [f"--{known}" for known in defaults]
+            raise ConfigError(f"unknown option {word.split('=')[0]}{did_you_mean('--' + name, options)}; see --help")
+        if not has_value:
+            if isinstance(defaults[name], bool) and (not words or words[0].startswith("--")):
+                text = "1"
+            elif words:
+                text = words.popleft()
+            else:
+                raise ConfigError(f"option {word} needs a value")
+        found[name] = cast_option(name, text, defaults[name])
+    return found
+
+
+def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    given = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
+    source = dict.fromkeys(defaults, "default") | dict.fromkeys(given, "env")
+    on_line = parse_command_line(argv, defaults)
+    given |= on_line
+    source |= dict.fromkeys(on_line, "cli")
+    if given.get("resume"):
+        return resumed_config(given), source
+    recipe = given.get("recipe") or ("4b7l" if torch.cuda.is_available() else "pocket")
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe={recipe}: choose from {', '.join(RECIPES)}{did_you_mean(recipe, RECIPES)}")
+    base = {"recipe": recipe} | RECIPES[recipe]
+    source = {n: ("recipe" if n in base and s == "default" else s) for n, s in source.items()}
+    return Config(**(defaults | base | given)), source
+
+
+def resumed_config(given: dict[str, object]) -> Config:
+    """A resumed run keeps the config that it was started with; only what does not change its result may differ."""
+    folder = Path(given["resume"])
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"resume={folder}: no readable config.json there ({error.__class__.__name__})") from None
+    free = {"resume", "run_id", "checkpoint_every_s", "log_every"}
+    for name, value in given.items():
+        if name not in free and stored.get(name) != value:
+            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored.get(name)}; leave it out")
+    known = {f.name for f in fields(Config)}
+    if set(stored) != known:
+        raise ConfigError(f"resume={folder}: its config.json is from another version of this script")
+    return Config(**(stored | {n: v for n, v in given.items() if n in free} | {"run_id": folder.name}))
+
+
+def help_text() -> str:
+    """Every option with the comment behind its field; a packed script has no comments and lists the names."""
+    notes = dict(
+        re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
+    title = f"{__doc__}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
+    return "\n".join([title, *lines])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One application of a physical block."""
+
+    block: int
+    slot: int  # row of the per-pass tables
+    enter: tuple[int, ...]  # groups whose incoming stream is kept before this pass
+    inject: tuple[int, ...]  # groups whose kept stream is mixed in before this pass
+    norm: bool  # a norm follows this pass
+
+
+@dataclass(frozen=True)
+class Group:
+    """`(items)*count` of a plan; count 0 stands for r. `norms`: 0 none, 1 between repetitions, 2 after each."""
+
+    items: tuple[int | Group, ...]
+    count: int
+    index: int
+    inject: bool
+    norms: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A parsed loop plan: block letters in order of first appearance, and the tree of groups."""
+
+    names: str
+    items: tuple[int | Group, ...]
+    injected: tuple[int, ...]  # indices of the groups that re-inject their input
+    is_variable: bool  # one group repeats r times
+
+    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
+        """The passes with r = depth; depth 0 runs every group once. Per-pass tables cover `rows` repetitions of the
+        *r group, deeper ones reuse the last row."""
+        table = {key: i for i, (_, key, *_) in enumerate(self._walk(self.items, max(rows, 1), (), rows))}
+        walk = self._walk(self.items, depth, (), rows)
+        return tuple(Pass(block, table[key], tuple(e), tuple(j), norm) for block, key, e, j, norm in walk)
+
+    def count_passes(self, depth: int) -> int:
+        def count(items) -> int:
+            return sum((item.count or depth) * count(item.items) if isinstance(item, Group) else 1 for item in items)
+
+        return count(self.items)
+
+    def _walk(self, items, depth: int, key: tuple, rows: int) -> list:
+        out = []
+        for place, item in enumerate(items):
+            if not isinstance(item, Group):
+                out.append((item, (*key, place), [], [], False))
+                continue
+            count = 1 if depth == 0 else item.count or depth
+            for rep in range(count):
+                row = min(rep, rows - 1) if item.count == 0 else rep
+                inner = self._walk(item.items, depth, (*key, place, row), rows)
+                if item.inject:
+                    inner[0][3].insert(0, item.index)
+                    if rep == 0:
+                        inner[0][2].insert(0, item.index)
+                if item.norms == 2 or (item.norms == 1 and rep < count - 1):
+                    inner[-1] = (*inner[-1][:4], True)
+                out += inner
+        return out
+
+
+@functools.lru_cache
+def parse_plan(text: str) -> Plan:
+    """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
+    names, groups, at = {}, [], 0
+
+    def fail(why: str, where: int):
+        raise ConfigError(f"plan {text!r}, character {where + 1} ({text[where : where + 1] or 'end'}): {why}")
+
+    def items(closing: bool) -> tuple:
+        nonlocal at
+        found = []
+        while at < len(text) and ((text[at].isalpha() and text[at].isascii()) or text[at] == "("):
+            if text[at] == "(":
+                found.append(group())
+            else:
+                found.append(names.setdefault(text[at], len(names)))
+                at += 1
+        if not found:
+            fail("expected a block letter or a group", at)
+        if not closing and at < len(text):
+            fail("expected a block letter, or '(' to open a group", at)
+        return tuple(found)
+
+    def group() -> Group:
+        nonlocal at
+        start, at = at, at + 1
+        if start > 0 and text[:start].count("(") - text[:start].count(")") >= 16:
+            fail("groups are nested more than 16 deep", start)
+        inject = text[at : at + 1] == "^"
+        at += inject
+        index = len(groups)
+        groups.append(None)
+        inner = items(closing=True)
+        norms = len(text[at:]) - len(text[at:].lstrip("~"))
+        if norms > 2:
+            fail("one ~ norms between repetitions, two after each; no more", at + 2)
+        at += norms
+        if text[at : at + 1] != ")":
+            fail(f"the group opened at character {start + 1} needs a letter, '~' or ')' here", at)
+        if text[at + 1 : at + 2] != "*":
+            fail("a group is followed by * and a count, as in (ab)*3", at + 1)
+        at += 2
+        digits = len(text[at:]) - len(text[at:].lstrip("0123456789"))
+        count = text[at : at + max(digits, 1)]
+        if count != "r" and (not count.isdigit() or not 1 <= int(count[:9]) <= 256):
+            fail("a count is a number from 1 to 256, or r", at)
+        if count == "r" and any(g is not None and g.count == 0 for g in groups):
+            fail("only one group can repeat r times", at)
+        at += len(count)
+        groups[index] = Group(inner, 0 if count == "r" else int(count), index, inject, norms)
+        return groups[index]
+
+    if len(text) > 1000:
+        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
+    tree = items(closing=False)
+    injected = tuple(g.index for g in groups if g.inject)
+    return Plan("".join(names), tree, injected, any(g.count == 0 for g in groups))
+
+
+def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
+    """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
+    if text in ("none", "all"):
+        return frozenset(range(n_passes if text == "all" else 0))
+    try:
+        if text.startswith("last"):
+            chosen = frozenset(range(n_passes - int(text[4:]), n_passes))
+        else:
+            chosen = frozenset(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name}={text}: expected none, all, last4 or a list like 3,5,6") from None
+    if not chosen <= frozenset(range(n_passes)):
+        raise ConfigError(f"{name}={text}: the plan has passes 0 to {n_passes - 1}")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Run context
+# ----------------------------------------------------------------------------------------------------------------------
+# Where this process runs: rank, device, dtype, log. The ranks of a run only ever agree through the methods here.
+
+
+class Log:
+    """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.files = quiet, []
+
+    def open(self, path: Path) -> None:
+        self.files += [] if self.quiet else [open(path, "a", encoding="utf-8")]  # noqa: SIM115 (open until the end)
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+            for file in self.files:
+                print(text, file=file, flush=True)
+
+    def __call__(self, event: str, **pairs) -> None:
+        self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
+
+
+def format_value(value) -> str:
+    """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("%", "%25").replace(" ", "%20").replace("\n", "%0A").replace("\t", "%09") or "-"
+
+
+def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    hidden = log.quiet or not sys.stderr.isatty()
+    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=hidden, bar_format=form)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: str
+    log: Log
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in the order of ranks."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
+        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: the one sync of a step."""
+        mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
+        rows = torch.stack(self.gather(mine))
+        return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
+
+
+def build_context(config: Config, environ: dict[str, str]) -> RunContext:
+    """Joins the process group that torchrun announces in the environment; alone otherwise."""
+    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has no usable CUDA device; use --device cpu")
+    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else "cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
+    has_bf16 = kind == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if has_bf16 else "float32"
+    # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
+    fixed = not parse_plan(config.plan).is_variable
+    mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
+    return RunContext(rank, world, device, getattr(torch, dtype), mode, Log(quiet=rank != 0))
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
+
+    def __init__(self, ctx: RunContext, used_s: float = 0.0):
+        self.ctx, self.used_s, self.started_at = ctx, used_s, None
+
+    def start(self) -> None:
+        self.ctx.sync()
+        self.ctx.log("clock", what="start", used_s=self.used_s)
+        self.started_at = time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds used, once everything launched so far is done."""
+        self.ctx.sync()
+        return self.used_s + time.perf_counter() - self.started_at
+
+    def stop(self) -> float:
+        total = self.read()
+        self.ctx.log("clock", what="stop", used_s=total)
+        return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens come from memory-mapped shards; the batch of a step is a pure function of the step, so that a resumed run, a
+# warm-up or another number of ranks never moves the data.
+
+
+class TokenStream:
+    """The shards of one split as one long row of tokens that repeats after its end."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.paths = find_shards(folder, split)
+        self.shards = [read_shard(path) for path in self.paths]
+        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
+        if highest >= vocab_size:
+            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.total = int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        out, filled = np.empty(count, dtype=np.int64), 0
+        while filled < count:
+            at = (start + filled) % self.total
+            index = int(np.searchsorted(self.starts, at, side="right")) - 1
+            piece = self.shards[index][at - self.starts[index] :][: count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return out
+
+    def fingerprint(self) -> str:
+        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
+        return digest.hexdigest()
+
+
+def load_batch(stream: TokenStream, step: int, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
+    """This rank's sequences of a step and their targets, (sequences, T) each."""
+    share = config.batch_tokens // ctx.world
+    span = stream.read(step * config.batch_tokens + ctx.rank * share, share + 1)
+    return split_span(torch.from_numpy(span), config, ctx)
+
+
+def split_span(tokens: Tensor, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
+    """Consecutive tokens, one more than whole sequences, to inputs and targets on the device."""
+    if ctx.device.type == "cuda":
+        tokens = tokens.pin_memory().to(ctx.device, non_blocking=True)
+    return tokens[:-1].view(-1, config.seq_len), tokens[1:].view(-1, config.seq_len)
+
+
+def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """The tokenizer and the sha256 of its file."""
+    path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
+    if not path.is_file():
+        find_shards(config.data_path, "val")  # the folder itself may be what is missing
+        raise DataError(f"{path}: no tokenizer there; set --tokenizer_path")
+    content = path.read_bytes()
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model") from None
+    if tokenizer.vocab_size() != config.vocab_size:
+        raise ConfigError(f"vocab_size={config.vocab_size}: {path} has {tokenizer.vocab_size()}; set --vocab_size")
+    return tokenizer, hashlib.sha256(content).hexdigest()
+
+
+class ByteCounter:
+    """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
+    is a boundary (a control, unknown or unused id)."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        ids = range(tokenizer.vocab_size())
+        is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
+        pieces = [tokenizer.id_to_piece(i) for i in ids]
+        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
+        self.own_bytes, self.is_boundary = np.where(is_special, 0, own), np.array(is_special)
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
+
+    def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
+        spaces = self.has_space[targets] & ~self.is_boundary[previous]
+        return int(self.own_bytes[targets].sum() + spaces.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Schedules
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions of progress, the fraction of the budget that is used once the coming step is done. A slower machine
+# follows the same curves.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes over a run, for one step."""
+
+    lr_scale: float
+    momentum: float
+    depth: int
+
+
+def settings_at(config: Config, progress: float) -> Settings:
+    left = min(1.0, (1.0 - progress) / config.warmdown) if config.warmdown else 1.0
+    risen = min(1.0, progress / config.momentum_warmup) if config.momentum_warmup else 1.0
+    return Settings(
+        lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
+        momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
+        depth=0 if progress < config.loop_start else config.depth,
+    )
+
+
+class Budget:
+    """Decides before each step whether it may start and how far the run will be once it is done."""
+
+    def __init__(self, config: Config):
+        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds
+        self.recent = deque(maxlen=8)  # seconds of the latest steps
+
+    def add_step(self, seconds: float) -> None:
+        self.recent.append(seconds)
+
+    def progress(self, step: int, used_s: float) -> float | None:
+        """None when the next step would pass the budget. The last step always reaches 1, so that schedules end."""
+        if self.iterations:
+            return (step + 1) / self.iterations if step < self.iterations else None
+        slowest = max(self.recent, default=0.0)
+        if used_s + slowest > self.seconds:
+            return None
+        ends_at = used_s + (sum(self.recent) / len(self.recent) if self.recent else 0.0)
+        return 1.0 if used_s + 2 * slowest > self.seconds else min(1.0, ends_at / self.seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Quantization
+# ----------------------------------------------------------------------------------------------------------------------
+# One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
+# code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
+
+ZSTD_OVERHEAD = 1.018  # zstd-22 over the order-0 entropy of such codes
+
+
+@dataclass(frozen=True)
+class Grid:
+    bits: int
+    k: float
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).half()
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
+
+
+def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
+    return codes.float() * step.float()[:, None]
+
+
+def compute_code_bits(grid: Grid) -> float:
+    """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
+    edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
+    below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
+    chances = np.diff(below)
+    chances = chances[chances > 0]
+    return float(-(chances * np.log2(chances)).sum())
+
+
+def forecast_bytes(config: Config, grids: dict[str, Grid | None], shapes: dict[str, torch.Size]) -> int:
+    """Expected size of the artifact."""
+    total = 4000.0
+    for name, shape in shapes.items():
+        if grids[name] is None:
+            total += 2 * shape.numel()
+        else:
+            total += shape.numel() * compute_code_bits(grids[name]) / 8 * ZSTD_OVERHEAD + 2 * shape[0]
+    return int(total)
+
+
+FINEST_K, COARSEST_K = 4.0, 24.0  # finer only clips more; coarser is below 2.4 bits at 6
+
+
+def build_grids(config: Config, model: LoopedGPT) -> dict[str, Grid | None]:
+    """The grid of every parameter (None: stored in fp16), matrix k solved from the byte limit where it is not given."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def grids(k: float) -> dict[str, Grid | None]:
+        by_kind = {
+            "matrix": Grid(config.matrix_bits, k),
+            "table": Grid(config.table_bits, config.table_k),
+            "vector": None,
+        }
+        return {name: by_kind[model.kind(name)] for name in shapes}
+
+    room = config.byte_limit - config.code_reserve
+    if config.matrix_k or not config.byte_limit or forecast_bytes(config, grids(FINEST_K), shapes) <= room:
+        return grids(config.matrix_k or FINEST_K)
+    low, high = FINEST_K, COARSEST_K
+    if (least := forecast_bytes(config, grids(high), shapes)) > room:
+        raise DoesNotFit(
+            f"byte_limit={config.byte_limit}: the model needs at least {least + config.code_reserve:,} bytes with its "
+            f"code; use a smaller --model_dim, fewer blocks in --plan, or --byte_limit 0 to train it all the same"
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if forecast_bytes(config, grids(middle), shapes) > room else (low, middle)
+    return grids(high)
+
+
+class DoesNotFit(ValueError):
+    """The model cannot be stored within the byte limit. Exit code 3."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks own the big matrices; the plan says in which order they are applied; what differs between passes is owned per
+# pass. One forward serves training, scoring, test-time training and generation.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention over the last `window` positions. q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are
+    the last T of the L positions."""
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
+    if q.is_cuda:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if past or window < L:
+            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+            mask = (lag >= 0) & (lag < window)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
+        return y.transpose(1, 2).reshape(B, T, H * K)
+    # On a CPU plain products in blocks of queries, which skip the keys that no query of the block may see, are several
+    # times faster than the library's kernel. The query heads that share keys are rows of one product.
+    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
+    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    out = []
+    for start in range(0, T, 128):
+        stop = min(start + 128, T)
+        low, high = max(0, past + start - window + 1), past + stop
+        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, :, low:high]).view(B * J, H // J, stop - start, high - low)
+        lag = torch.arange(past + start, past + stop, device=q.device)[:, None] - torch.arange(
+            low, high, device=q.device
+        )
+        scores = scores.float().masked_fill((lag < 0) | (lag >= window), -math.inf)
+        weights = scores.softmax(-1).to(v.dtype).view(B * J, -1, high - low)
+        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
+    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
+
+
+class Linear(nn.Module):
+    """A matrix without bias. `parts` counts the rows of each projection that it fuses."""
+
+    def __init__(self, fan_in: int, parts: tuple[int, ...], dtype: torch.dtype):
+        super().__init__()
+        self.parts = parts
+        self.weight = nn.Parameter(torch.empty(sum(parts), fan_in, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Block(nn.Module):
+    """Attention and MLP of one physical block; everything else that a pass needs comes in as an argument."""
+
+    def __init__(self, config: Config, dtype: torch.dtype):
+        super().__init__()
+        D, K = config.model_dim, config.head_dim
+        self.head_dim, self.heads, self.kv_heads = K, config.num_heads, config.num_kv_heads
+        self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
+        self.out = Linear(self.heads * K, (D,), dtype)
+        self.up = Linear(D, (config.mlp_dim,), dtype)
+        self.down = Linear(config.mlp_dim, (D,), dtype)
+        self.q_gain = nn.Parameter(torch.empty(self.heads))
+
+    def forward(self, x, x0, mix, scale, value, rotary, is_xsa: bool, past, window: int, keep: bool):
+        """x, x0 (B, T, D); mix, scale (2, D); value: added to the values, or None; past: keys and values of earlier
+        positions, or None. Returns x and, to keep, all keys and values."""
+        mix, scale = mix.to(x.dtype), scale.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        y, kept = self.attention(rms_norm(x), value, rotary, is_xsa, past, window, keep)
+        x = x + scale[0] * self.out(y)
+        return x + scale[1] * self.down(F.relu(self.up(rms_norm(x))).square()), kept
+
+    def attention(self, x, value, rotary, is_xsa, past, window, keep):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.qkv.parts, -1)
+        if value is not None:
+            v = v + value
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
+        q, k, own = rms_norm(q), rms_norm(k), v
+        if past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        kept = (k, v) if keep else None
+        cos, sin = rotary
+        q, k = rotate(q, cos[-T:], sin[-T:]), rotate(k, cos, sin)
+        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, window)
+        if is_xsa:  # exclusive self attention: nothing along a position's own value
+            y = y.view(B, T, self.kv_heads, -1, self.head_dim)
+            unit = F.normalize(own, dim=-1).unsqueeze(3)
+            y = (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
+        return y, kept
+
+
+class Cache:
+    """What a stream carries from one forward to the next: keys and values of every pass for the last window - 1
+    positions, and the two tokens that smear and bigram look back on."""
+
+    def __init__(self, window: int):
+        self.window = window
+        self.tokens: Tensor | None = None
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self.kept[0][0].shape[1] if self.kept else 0
+
+    def keep(self, index: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.kept[index] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
+
+
+def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(F.linear(x, weight).float() / cap)
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
+
+
+class LoopedGPT(nn.Module):
+    """Token, bigram and value embeddings, shared blocks applied as the plan says, tied head."""
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_blocks: bool = False):
+        super().__init__()
+        self.config, self.plan = config, parse_plan(config.plan)
+        D, P, kv_dim = config.model_dim, len(config.passes), config.num_kv_heads * config.head_dim
+        self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
+        self.value_rows = {p: i for i, p in enumerate(sorted(parse_pass_set("ve_passes", config.ve_passes, P)))}
+        self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
+        self.blocks = nn.ModuleDict({name: Block(config, dtype) for name in self.plan.names})
+        self.mixes = nn.Parameter(torch.empty(P, 2, D))
+        self.scales = nn.Parameter(torch.empty(P, 2, D))
+        if config.skips == "unet":
+            self.skips = nn.Parameter(torch.empty(P // 2, D))
+        if config.smear:
+            self.smear_gate = nn.Parameter(torch.empty(D))
+        if config.bigram_buckets:
+            self.bigram = nn.Embedding(config.bigram_buckets, config.bigram_dim, dtype=dtype)
+            self.bigram_out = Linear(config.bigram_dim, (D,), dtype)
+        if self.value_rows:
+            self.value = nn.Embedding(config.vocab_size, config.ve_dim, dtype=dtype)
+            self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
+            self.value_scales = nn.Parameter(torch.empty(len(self.value_rows)))
+        self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in self.plan.injected})
+        compiled = functools.partial(torch.compile, dynamic=False) if compile_blocks else lambda f: f
+        self.run_block, self.run_embed = compiled(Block.forward), compiled(LoopedGPT.embed_tokens)
+        self.run_loss = compiled(head_loss)
+
+    def kind(self, name: str) -> str:
+        """matrix, table or vector: which optimizer and which grid a parameter gets."""
+        owner = self.get_submodule(name.rpartition(".")[0])
+        return "table" if isinstance(owner, nn.Embedding) else "matrix" if isinstance(owner, Linear) else "vector"
+
+    def init_weights(self, seed: int) -> None:
+        """Orthogonal matrices, except those that write to the stream: they start at zero, so every block is a no-op.
+        Drawn on the CPU, so that every device and rank starts from the same weights."""
+        generator = torch.Generator().manual_seed(seed)
+        ones = {"mixes", "scales", "skips", "value_scales"}
+        tables = {"embed.weight": 0.005, "bigram.weight": 0.01, "value.weight": 0.01}
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                fresh = torch.zeros(p.shape)
+                if name in tables:
+                    fresh.normal_(std=tables[name], generator=generator)
+                elif name in ones:
+                    fresh.fill_(1.0)
+                elif name.endswith("q_gain"):
+                    fresh.fill_(self.config.q_gain)
+                elif name.startswith("inject"):
+                    fresh[:, : p.shape[0]] = torch.eye(p.shape[0])
+                elif name.endswith(("qkv.weight", "up.weight", "value_out.weight")):
+                    for part in fresh.split(self.get_submodule(name.removesuffix(".weight")).parts):
+                        nn.init.orthogonal_(part, generator=generator)
+                if name == "mixes":
+                    fresh[:, 1] = 0.0
+                if name == "value_out.weight":
+                    fresh /= math.sqrt(2 * len(self.config.passes))
+                p.copy_(fresh)
+
+    def embed_tokens(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """(B, T) tokens and the (B, 2) tokens before them to (B, T, D). Nothing passes a BOS from left to right."""
+        config = self.config
+        tokens = torch.cat((before, tokens), 1)
+        is_start = tokens[:, 1:] == config.bos_id
+        previous = torch.where(is_start, config.bos_id, tokens[:, :-1])
+        x = self.embed(tokens[:, 1:])
+        if config.bigram_buckets:
+            x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
+        x = rms_norm(x)
+        if not config.smear:
+            return x[:, 1:]
+        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
+        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+
+    def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, (length, 1, half); the frequencies cover the whole range whatever part of a head rotates."""
+        half = self.config.rope_dims // 2
+        speed = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / max(half, 1))
+        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None) -> Tensor:
+        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (None: the config's; 0: every
+        group once). With a cache the tokens continue its stream."""
+        config = self.config
+        passes = self.plan.passes(config.depth if depth is None else depth, config.depth)
+        window = cache.window if cache else config.seq_len
+        before = (
+            cache.tokens if cache and cache.tokens is not None else tokens.new_full((len(tokens), 2), config.bos_id)
+        )
+        x0 = self.run_embed(self, tokens, before)
+        x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
+        value = self.value_out(self.value(tokens)) if self.value_rows else None
+        rotary = self.rotary((cache.length if cache else 0) + tokens.shape[1], tokens.device, x.dtype)
+        n_skips = len(passes) // 2 if config.skips == "unet" else 0
+        entered, pushed = {}, []
+        for index, p in enumerate(passes):
+            entered |= dict.fromkeys(p.enter, x)
+            for group in p.inject:
+                x = self.inject[str(group)](torch.cat((entered[group], x), -1))
+            if n_skips <= index < 2 * n_skips:
+                x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
+            row = self.value_rows.get(p.slot)
+            x, kept = self.run_block(
+                self.blocks[self.plan.names[p.block]], x, x0, self.mixes[p.slot], self.scales[p.slot],
+                None if row is None else self.value_scales[row].to(x.dtype) * value, rotary, p.slot in self.xsa,
+                cache.kept.get(index) if cache else None, window, cache is not None,
+            )  # fmt: skip
+            if p.norm:
+                x = rms_norm(x)
+            if index < n_skips:
+                pushed.append(x)
+            if cache:
+                cache.keep(index, kept)
+        if cache:
+            cache.tokens = torch.cat((before, tokens), 1)[:, -2:]
+        return rms_norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return softcap_logits(x, self.embed.weight, self.config.softcap)
+
+    def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
+        return self.run_loss(self.forward(tokens, depth), self.embed.weight, targets, self.config.softcap)
+
+
+def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
+    with ctx.device:
+        return LoopedGPT(config, ctx.dtype, ctx.compile == "block")
+
+
+def compute_flops(config: Config, depth: int) -> int:
+    """Operations of one trained token, forward and backward: 6 per weight and pass, 12 K per head, key and query."""
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    block = sum(p.numel() for p in model.blocks[model.plan.names[0]].parameters() if p.ndim == 2)
+    once = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear)) - block * len(model.blocks)
+    attention = 12 * config.model_dim * config.seq_len // 2
+    n_passes = len(model.plan.passes(depth, config.depth))
+    return n_passes * (6 * block + attention) + 6 * (once + model.embed.weight.numel())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Optimizers
+# ----------------------------------------------------------------------------------------------------------------------
+# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents. A
+# shared weight is quantized once per step, when the latents are published, and gradients pass straight through.
+
+
+class Latents:
+    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
+
+    def __init__(self, model: LoopedGPT, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
+        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen or ("-",))}
+        self.working, self.grids = named, grids or dict.fromkeys(named)
+        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
+        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
+        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
+        for weight, view in zip(self.weights.values(), views):
+            weight.grad = view.view_as(weight)
+
+    def collect(self) -> None:
+        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
+        for name, p in self.working.items():
+            if p.grad is not None:
+                self.weights[name].grad.add_(p.grad)
+                p.grad = None
+
+    def reduce(self, ctx: RunContext, share: float, clip: float) -> None:
+        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
+        which is not finite then either, stops the run with weights that are still good."""
+        grad = ctx.sum(self.flat_grad).mul_(share)
+        norm = grad.norm()
+        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
+        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
+
+    @torch.no_grad()
+    def publish(self, weights: dict[str, Tensor] | None = None, quantized: bool = True) -> None:
+        """Writes the latents, or the weights given, to the working weights, on the grid where there is one."""
+        for name, weight in (weights or self.weights).items():
+            grid = self.grids[name] if quantized else None
+            self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
+
+
+def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz on (n, rows, columns): singular values end between about 0.7 and 1.2. The Frobenius norm bounds the
+    spectral norm, so the iteration starts with singular values of at most 1."""
+    x = batch.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Matrices of one shape form a batch, and ranks share the batch."""
+
+    def __init__(self, weights: list[Tensor], parts: list[tuple[int, ...]], ctx: RunContext, weight_decay: float):
+        super().__init__(weights, dict(lr=0.0, momentum=0.0, weight_decay=weight_decay))
+        self.parts, self.ctx = parts, ctx
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for weight, parts in zip(group["params"], self.parts):
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].mul_(momentum).add_(weight.grad)
+            update = weight.grad.add(state["momentum"], alpha=momentum)
+            weight.mul_(1 - lr * group["weight_decay"])
+            for target, piece in zip(weight.split(parts), update.split(parts)):
+                by_shape.setdefault(piece.shape, []).append((target, piece))
+        for (rows, columns), pairs in by_shape.items():
+            updates = self.orthogonalize_shared(torch.stack([piece for _, piece in pairs]))
+            for (target, _), update in zip(pairs, updates):
+                target.add_(update, alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def orthogonalize_shared(self, batch: Tensor) -> Tensor:
+        ctx, n = self.ctx, len(batch)
+        share = -(-n // ctx.world)
+        batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
+        mine = orthogonalize(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        return torch.cat(ctx.gather(mine))[:n].float()
+
+
+class Optimizers:
+    """Muon for matrices, Adam for tables and vectors. Only matrices and tables decay."""
+
+    def __init__(self, model: LoopedGPT, latents: Latents, config: Config, ctx: RunContext):
+        self.config, self.latents = config, latents
+        of = {kind: [n for n in latents.weights if model.kind(n) == kind] for kind in ("matrix", "table", "vector")}
+        covered = [n for names in of.values() for n in names]
+        assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter without optimizer"
+        pick = {kind: [latents.weights[n] for n in names] for kind, names in of.items()}
+        parts = [model.get_submodule(n.removesuffix(".weight")).parts for n in of["matrix"]]
+        self.muon = Muon(pick["matrix"], parts, ctx, config.weight_decay)
+        groups = [
+            dict(params=pick["table"], peak=config.table_lr, weight_decay=config.weight_decay),
+            dict(params=pick["vector"], peak=config.vector_lr, weight_decay=0.0),
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+
+    def step(self, settings: Settings) -> None:
+        self.muon.param_groups[0] |= dict(lr=self.config.matrix_lr * settings.lr_scale, momentum=settings.momentum)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * settings.lr_scale
+        self.muon.step()
+        self.adam.step()
+        self.latents.flat_grad.zero_()
+        self.latents.publish()
+
+    def state(self) -> dict:
+        weights = {n: w.detach() for n, w in self.latents.weights.items()}
+        return {"weights": weights, "muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        for name, weight in self.latents.weights.items():
+            weight.copy_(state["weights"][name])
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.latents.flat_grad.zero_()
+        self.latents.publish()
+
+
+class WeightAverage:
+    """Equal (swa) or decaying (ema) mean of the latents over the last part of a run; a run uses one, or none."""
+
+    def __init__(self, config: Config):
+        self.config, self.count, self.mean = config, 0, {}
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, Tensor], step: int, progress: float) -> None:
+        config = self.config
+        if config.average == "none" or progress < config.average_start or step % config.average_every:
+            return
+        self.count += 1
+        share = 1.0 / self.count if config.average == "swa" else 1.0 - config.ema_decay
+        for name, weight in weights.items():
+            if self.count == 1:
+                self.mean[name] = weight.detach().clone()
+            else:
+                self.mean[name].lerp_(weight, share)
+
+    def result(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.mean or {n: w.detach() for n, w in weights.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+# The file that is scored. Nothing in it is executed, and nothing in it is believed before it was checked.
+
+MAGIC, VERSION = b"LOOPGOLF", 1
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
+CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be used. Exit code 4."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the config fields it stores, the tensors of the model, the digest of the whole file."""
+
+    stored: dict
+    tensors: dict[str, Tensor]
+    tokenizer: dict
+    sha256: str
+    size: int
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The whole file or none: written beside, flushed to disk, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def pack_artifact(config: Config, weights: dict[str, Tensor], grids: dict[str, Grid | None], tokenizer: dict) -> bytes:
+    """The same weights always give the same bytes: no time, host or user in it."""
+    values = {}
+    for name, weight in weights.items():
+        if grids[name] is None:
+            values[name] = weight.half()
+        else:
+            values[name], values[f"{name}.step"] = quantize_tensor(weight, grids[name])
+    layout = build_layout(config, {name: grid.bits for name, grid in grids.items() if grid})
+    streams = [bytearray(), bytearray()]
+    for entry in layout:
+        streams[entry["stream"]].extend(values[entry["name"]].cpu().contiguous().numpy().tobytes())
+    packed = [zstandard.ZstdCompressor(level=22).compress(bytes(raw)) for raw in streams]
+    table = [dict(codec="zstd", bytes=len(p), raw_bytes=len(raw)) for p, raw in zip(packed, streams)]
+    content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
+    header = json.dumps(content, separators=(",", ":")).encode()
+    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
+    return body + hashlib.sha256(body).digest()
+
+
+def config_from_stored(stored: dict) -> Config:
+    """The config of a stored artifact: exactly the stored fields, each of the right type."""
+    kinds = {f.name: type(f.default) for f in fields(Stored)}
+    if not isinstance(stored, dict) or set(stored) != set(kinds):
+        raise ArtifactError("its config does not hold the fields that this version stores")
+    for name, kind in kinds.items():
+        if type(stored[name]) is not kind and not (kind is float and type(stored[name]) is int):
+            raise ArtifactError(f"its config has {name}={stored[name]!r}, which is not {kind.__name__}")
+    try:
+        return Config(**stored, batch_tokens=stored["seq_len"])
+    except ConfigError as error:
+        raise ArtifactError(f"its config does not work: {error}") from None
+
+
+def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
+    """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    layout, ends = [], [0, 0]
+
+    def add(name: str, shape: torch.Size, width: int, scheme: str, stream: int, item_bytes: int) -> None:
+        size = shape.numel() * item_bytes
+        layout.append(dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream],
+                           bytes=size))  # fmt: skip
+        ends[stream] += size
+
+    for name, p in model.named_parameters():
+        if model.kind(name) == "vector":
+            add(name, p.shape, 16, "fp16", PLAIN, 2)
+        else:
+            add(name, p.shape, bits.get(name, 0), "int", CODES, 1)
+            add(f"{name}.step", p.shape[:1], 16, "fp16", PLAIN, 2)
+    return layout
+
+
+def unpack_artifact(content: bytes) -> Artifact:
+    """Checks everything before it allocates anything that the file asks for."""
+    if len(content) < 48 or content[:8] != MAGIC:
+        raise ArtifactError("it does not start like an artifact" if len(content) >= 8 else "it is too short")
+    version, header_bytes = struct.unpack("<II", content[8:16])
+    if version != VERSION:
+        raise ArtifactError(f"it has version {version}, this script reads {VERSION}")
+    if header_bytes > min(MAX_HEADER_BYTES, len(content) - 48):
+        raise ArtifactError(f"its header claims {header_bytes} bytes, more than the file can hold")
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ArtifactError("its digest does not match: truncated or changed")
+    try:
+        header = json.loads(content[16 : 16 + header_bytes].decode("utf-8"))
+        stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
+        bits = {entry["name"]: entry["bits"] for entry in tensors}
+        sizes = [(s["codec"], s["bytes"], s["raw_bytes"]) for s in streams]
+        assert set(tokenizer) == {"sha256", "vocab"} and all(type(b) is int for b in bits.values())
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
+    layout = build_layout(config_from_stored(stored), bits)
+    if tensors != layout or not all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int"):
+        raise ArtifactError("its tensor table is not that of its config")
+    raw_sizes = [sum(e["bytes"] for e in layout if e["stream"] == s) for s in (CODES, PLAIN)]
+    if [raw for _, _, raw in sizes] != raw_sizes or sum(raw_sizes) > MAX_RAW_BYTES:
+        raise ArtifactError("its streams do not have the sizes that its tensors need")
+    at, raw_streams = 16 + header_bytes, []
+    if any(type(n) is not int or n < 0 for _, n, _ in sizes) or at + sum(n for _, n, _ in sizes) + 32 != len(content):
+        raise ArtifactError("its streams do not fill the file")
+    for codec, n_bytes, raw_bytes in sizes:
+        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes))
+        at += n_bytes
+    found = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
+    weights = {}
+    for entry in (e for e in layout if not e["name"].endswith(".step")):
+        step = found.get(entry["name"] + ".step")
+        weights[entry["name"]] = found[entry["name"]] if step is None else dequantize_tensor(found[entry["name"]], step)
+    return Artifact(stored, weights, tokenizer, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def decompress(codec: str, packed: bytes, raw_bytes: int) -> bytes:
+    try:
+        if codec != "zstd" or zstandard.frame_content_size(packed) != raw_bytes:
+            raise ArtifactError(f"a stream of codec {str(codec)[:20]!r} does not decode to the size it promises")
+        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
+    except zstandard.ZstdError:
+        raise ArtifactError("a stream does not decompress") from None
+    if len(raw) != raw_bytes:
+        raise ArtifactError("a stream does not decode to the size it promises")
+    return raw
+
+
+def read_tensor(raw: bytes, entry: dict) -> Tensor:
+    dtype = torch.int8 if entry["scheme"] == "int" else torch.float16
+    piece = bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
+    values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+    if dtype == torch.float16 and not values.isfinite().all():
+        raise ArtifactError(f"tensor {entry['name']} holds values that are not finite")
+    if dtype == torch.int8 and len(piece) and values.short().abs().max() > 2 ** (entry["bits"] - 1) - 1:
+        raise ArtifactError(f"tensor {entry['name']} holds codes beyond its {entry['bits']} bits")
+    return values.view(entry["shape"])
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    try:
+        return unpack_artifact(Path(path).read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+
+
+@torch.no_grad()
+def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+# A scorer gives log-probabilities over the whole vocabulary for tokens that it has not seen, and may adapt to tokens
+# once they are scored. One loop drives every scorer, and BpbMeter alone counts nats, tokens and bytes.
+
+
+@dataclass(frozen=True)
+class Window:
+    """Targets tokens[first:stop] are scored from inputs that begin at tokens[start]."""
+
+    start: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+class BpbMeter:
+    """Sums of this rank; total() adds the ranks up."""
+
+    def __init__(self, counter: ByteCounter, ctx: RunContext):
+        self.counter, self.ctx = counter, ctx
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, tokens: Tensor, windows: list[Window], log_probs: Tensor) -> None:
+        targets = torch.cat([tokens[w.first : w.stop] for w in windows])
+        previous = torch.cat([tokens[w.first - 1 : w.stop - 1] for w in windows])
+        picked = log_probs.gather(1, targets.to(log_probs.device)[:, None])
+        n_bytes = self.counter.count(previous.numpy(), targets.numpy())
+        self.sums += torch.tensor([-picked.double().sum().item(), len(targets), n_bytes], dtype=torch.float64)  # sync
+
+    def total(self) -> Score:
+        nats, tokens, n_bytes = self.ctx.sum(self.sums.to(self.ctx.device)).tolist()
+        return Score(nats, round(tokens), round(n_bytes))
+
+
+class WindowScorer:
+    """Windows of seq_len inputs. Each scores its last `stride` targets, the first one all of its own: with a stride of
+    seq_len that is plain scoring, with a smaller one every target sees a long context."""
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, stride: int):
+        self.model, self.config, self.ctx, self.stride = model.eval(), config, ctx, stride
+
+    def windows(self, n_tokens: int) -> list[Window]:
+        length = self.config.seq_len
+        found = [Window(0, 1, min(length + 1, n_tokens))] if n_tokens > 1 else []
+        while found and found[-1].stop < n_tokens:
+            first = found[-1].stop
+            stop = min(first + self.stride, n_tokens)
+            found.append(Window(stop - 1 - min(length, stop - 1) if self.stride < length else first - 1, first, stop))
+        return found
+
+    def chunks(self, n_tokens: int) -> list[list[Window]]:
+        """Windows that are scored before the next call of observe."""
+        return [self.windows(n_tokens)]
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, windows: list[Window]) -> Tensor:
+        """(scored targets, V). Inputs are padded to one shape: what stands behind a token cannot change its states."""
+        inputs = torch.full((self.config.score_batch, self.config.seq_len), self.config.bos_id)
+        for row, w in zip(inputs, windows):
+            row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
+        states = self.model(inputs.to(self.ctx.device))
+        scored = [states[i, w.first - 1 - w.start : w.stop - 1 - w.start] for i, w in enumerate(windows)]
+        return self.model.logits(torch.cat(scored)).log_softmax(-1)
+
+    def observe(self, tokens: Tensor, done: float) -> None:
+        """The tokens of a chunk, the one before its first target included, now that all of them are scored."""
+
+    def restore(self) -> None:
+        """Leaves the model as it was."""
+
+
+class SgdScorer(WindowScorer):
+    """Sliding windows, and after each chunk a few epochs of SGD on it. Every rank takes part in every update."""
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+        super().__init__(model, config, ctx, config.stride)
+        self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.latents = Latents(model, frozen=tuple(f"blocks.{name}." for name in config.ttt_freeze))
+        self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=config.ttt_momentum)
+
+    def chunks(self, n_tokens: int) -> list[list[Window]]:
+        groups: dict[int, list[Window]] = {}
+        for window in self.windows(n_tokens):
+            groups.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
+        return list(groups.values())
+
+    def observe(self, tokens: Tensor, done: float) -> None:
+        config, ctx = self.config, self.ctx
+        rows = (len(tokens) - 1) // config.seq_len
+        inputs = tokens[: rows * config.seq_len].view(rows, -1)
+        targets = tokens[1 : rows * config.seq_len + 1].view(rows, -1)
+        self.sgd.param_groups[0]["lr"] = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
+        for _ in range(config.ttt_epochs):
+            for at in range(0, rows, config.ttt_batch):
+                batch = slice(at, min(at + config.ttt_batch, rows))
+                mine = slice(at + ctx.rank, batch.stop, ctx.world)
+                if len(inputs[mine]):
+                    loss = self.model.loss(inputs[mine].to(ctx.device), targets[mine].to(ctx.device))
+                    (loss * len(inputs[mine])).backward()
+                    self.latents.collect()
+                self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
+                self.sgd.step()
+                self.latents.flat_grad.zero_()
+                self.latents.publish()
+        self.model.zero_grad(set_to_none=True)
+
+    def restore(self) -> None:
+        load_weights(self.model, self.base)
+
+
+def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
+    if mode == "sgd":
+        return SgdScorer(model, config, ctx)
+    return WindowScorer(model, config, ctx, config.stride if mode == "sliding" else config.seq_len)
+
+
+def score_tokens(scorer: WindowScorer, tokens: Tensor, counter: ByteCounter, ctx: RunContext, name: str) -> Score:
+    """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it."""
+    meter = BpbMeter(counter, ctx)
+    chunks = scorer.chunks(len(tokens))
+    size = scorer.config.score_batch
+    with progress_bar(sum(len(chunk) for chunk in chunks), "window", f"scoring {name}", ctx.log) as bar:
+        for index, chunk in enumerate(chunks):
+            mine = chunk[ctx.rank :: ctx.world]
+            for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
+                meter.add(tokens, batch, scorer.log_probs(tokens, batch))
+                bar.update(min(len(batch) * ctx.world, bar.total - bar.n))
+            if index + 1 < len(chunks):
+                scorer.observe(tokens[chunk[0].first - 1 : chunk[-1].stop], done=index / len(chunks))
+    scorer.restore()
+    return meter.total()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The tokens that are scored and how their bytes are counted."""
+
+    tokens: Tensor
+    counter: ByteCounter
+
+
+def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
+    """The validation tokens, and the tokenizer's identity for the artifact."""
+    tokenizer, digest = load_tokenizer(config)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    count = min(config.score_tokens or stream.total, stream.total)
+    if count < config.seq_len + 1:
+        raise DataError(f"{config.data_path}: {count} validation tokens are fewer than one window of {config.seq_len}")
+    tokens = stream.read(0, count)
+    sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
+    ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
+    counter = ByteCounter(tokenizer)
+    return Validation(torch.from_numpy(tokens), counter), dict(sha256=digest, vocab=config.vocab_size)
+
+
+def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
+    """Score one mode and log it. `name` says which weights, where it is not the artifact."""
+    started = time.perf_counter()
+    score = score_tokens(build_scorer(mode, model, config, ctx), val.tokens, val.counter, ctx, name or mode)
+    ctx.log("score", what=name or "artifact", mode=mode, val_loss=f"{score.loss:.8f}", val_bpb=f"{score.bpb:.8f}",
+            tokens=score.tokens, bytes=score.bytes, eval_s=time.perf_counter() - started)  # fmt: skip
+    return score
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Training
+# ----------------------------------------------------------------------------------------------------------------------
+# The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
+
+
+class NonFiniteLoss(RuntimeError):
+    """Stops a run on all ranks. Exit code 1, as for an interruption."""
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or Ctrl-C, after the checkpoint is saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    used_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training hands on: the model, its last and its averaged weights, and what it took."""
+
+    latents: Latents
+    averaged: dict[str, Tensor]
+    at: Progress
+
+
+def train_step(model, loss_fn, optim: Optimizers, batch, settings: Settings, config: Config, ctx: RunContext) -> Tensor:
+    """One optimizer step on this rank's sequences; returns its mean loss."""
+    inputs, targets = batch
+    size = config.micro_batch or len(inputs)
+    total = torch.zeros((), device=ctx.device)
+    for x, y in zip(inputs.split(size), targets.split(size)):
+        loss = loss_fn(x, y, settings.depth)
+        loss.backward()
+        optim.latents.collect()
+        total += loss.detach()
+    n_micro = len(inputs) // size
+    optim.latents.reduce(ctx, 1 / (n_micro * ctx.world), config.grad_clip)
+    optim.step(settings)
+    return total / n_micro
+
+
+def warm_up(model, loss_fn, optim: Optimizers, config: Config, ctx: RunContext) -> None:
+    """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
+    started = time.perf_counter()
+    before = {k: v for k, v in optim.state().items() if k != "weights"}
+    weights = {n: w.detach().clone() for n, w in optim.latents.weights.items()}
+    random_state = torch.get_rng_state()
+    count = config.batch_tokens // ctx.world + 1
+    batch = split_span(
+        torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
+    )
+    for depth in sorted({0 if config.loop_start else config.depth, config.depth}):
+        train_step(model, loss_fn, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
+    optim.load({"weights": weights, **before})
+    torch.set_rng_state(random_state)
+    ctx.sync()
+    ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
+
+
+def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
+    """Everything that the next step depends on; the data position is the step."""
+    if ctx.rank:
+        return
+    state = dict(optim=optim.state(), average=average.mean, average_count=average.count, at=asdict(at),
+                 random=torch.get_rng_state())  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx: RunContext) -> Progress:
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        ctx.log.line(f"# no checkpoint in {folder} yet: starting from the beginning")
+        return Progress()
+    try:
+        state = torch.load(path, map_location=ctx.device, weights_only=True)
+        optim.load(state["optim"])
+        average.mean, average.count = state["average"], state["average_count"]
+        torch.set_rng_state(state["random"].cpu())
+        at = Progress(**state["at"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError) as error:
+        raise DataError(
+            f"{path}: not a checkpoint of this run ({error.__class__.__name__}); delete it to start over"
+        ) from None
+    ctx.log("resume", step=at.step, used_s=at.used_s)
+    return at
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask the run to stop after the step at hand; a second one acts as ever."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self) -> StopSignals:
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame) -> None:
+        self.seen = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream: TokenStream, folder: Path) -> Trained:
+    latents = Latents(model, grids)
+    optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
+    latents.publish()
+    loss_fn = torch.compile(model.loss, dynamic=False) if ctx.compile == "full" else model.loss
+    at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
+    warm_up(model, loss_fn, optim, config, ctx)
+    budget, clock, saved_at = Budget(config), Clock(ctx, at.used_s), at.used_s
+    with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
+        clock.start()
+        while (progress := budget.progress(at.step, at.used_s)) is not None:
+            settings = settings_at(config, progress)
+            step_loss = train_step(
+                model, loss_fn, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx
+            )
+            average.update(latents.weights, at.step, progress)
+            loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
+            step_s, at.used_s, at.step = now - at.used_s, now, at.step + 1
+            budget.add_step(step_s)
+            if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
+                ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
+                        step_ms=1000 * step_s, tokens_per_s=round(config.batch_tokens / step_s))  # fmt: skip
+            bar.update(progress - bar.n)
+            bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
+            is_bad = not math.isfinite(loss)
+            if is_bad or is_stopped or (config.checkpoint_every_s and now - saved_at > config.checkpoint_every_s):
+                save_checkpoint(folder, optim, average, at, ctx)
+                saved_at = at.used_s = ctx.agree(step_loss, clock.read(), False)[1]
+            if is_bad:
+                saved = folder / "checkpoint.pt"
+                raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
+            if is_stopped:
+                raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
+        at.used_s = clock.stop()
+    save_checkpoint(folder, optim, average, at, ctx)
+    return Trained(latents, average.result(latents.weights), at)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """What ran, where, on what: without it a log proves nothing."""
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id or "-", code_sha256=hash_counted_code())
+    gpu = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
+    ctx.log("versions", python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+            zstandard=zstandard.__version__, sentencepiece=sentencepiece.__version__)  # fmt: skip
+    ctx.log("hardware", device=ctx.device.type, name=gpu, world=ctx.world, threads=torch.get_num_threads(),
+            dtype=str(ctx.dtype).removeprefix("torch."))  # fmt: skip
+    for name, value in asdict(config).items():
+        ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
+
+
+def counted_files() -> list[Path]:
+    """The files that a run is made of: this script and what it imports from the repository."""
+    return [Path(__file__), Path(sys.modules[read_shard.__module__].__file__)]
+
+
+def hash_counted_code() -> str:
+    digest = hashlib.sha256()
+    for path in counted_files():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def log_plan(config: Config, grids: dict[str, Grid | None], model: LoopedGPT, ctx: RunContext) -> None:
+    """Sizes and forecasts, before anything is trained."""
+    counts, shapes = {"matrix": 0, "table": 0, "vector": 0}, {}
+    for name, p in model.named_parameters():
+        counts[model.kind(name)] += p.numel()
+        shapes[name] = p.shape
+    matrix_k = next(g.k for n, g in grids.items() if model.kind(n) == "matrix")
+    n_bytes = forecast_bytes(config, grids, shapes)
+    flops = compute_flops(config, config.depth)
+    ctx.log("model", params=sum(counts.values()), **counts, passes=len(config.passes), blocks=len(model.blocks))
+    ctx.log("forecast", flops_per_token=flops, artifact_bytes=n_bytes, total_bytes=n_bytes + config.code_reserve,
+            limit=config.byte_limit, matrix_k=matrix_k,
+            bits_per_weight=compute_code_bits(Grid(config.matrix_bits, matrix_k)))  # fmt: skip
+    rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
+    bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
+    memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
+    # rough on purpose: 40% of an H100's bf16 peak; a desktop core at what its matrix units usually give this model
+    rate = 400e12 if ctx.device.type == "cuda" else 0.12e12 * torch.get_num_threads()
+    ctx.log("forecast", step_ms=1000 * flops * config.batch_tokens / (rate * ctx.world), memory_mb=memory / 1e6,
+            tokens_per_step=config.batch_tokens, world=ctx.world, device=ctx.device.type)  # fmt: skip
+
+
+def dry_run(config: Config, ctx: RunContext) -> None:
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    by_part: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        part = ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1])
+        by_part[part] = by_part.get(part, 0) + p.numel()
+    ctx.log.line(f"params:{sum(by_part.values())}")
+    for part, count in by_part.items():
+        ctx.log("part", name=part, params=count)
+    log_plan(config, build_grids(config, model), model, ctx)
+
+
+def check_split(config: Config, ctx: RunContext) -> None:
+    sequences = config.batch_tokens // config.seq_len
+    if sequences % ctx.world:
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens}: {sequences} sequences do not split over {ctx.world} ranks"
+        )
+    if config.micro_batch and sequences // ctx.world % config.micro_batch:
+        raise ConfigError(
+            f"micro_batch={config.micro_batch} does not divide the {sequences // ctx.world} sequences of a rank"
+        )
+
+
+def export(config: Config, ctx: RunContext, trained: Trained, tokenizer: dict, path: Path) -> None:
+    """Writes the artifact, unless it is over the limit. From here on only that file is used."""
+    if ctx.rank == 0:
+        content = pack_artifact(config, trained.averaged, trained.latents.grids, tokenizer)
+        total = len(content) + config.code_reserve
+        if config.byte_limit and total > config.byte_limit:
+            raise DoesNotFit(f"{len(content):,} bytes of artifact and {config.code_reserve:,} of code are over "
+                             f"byte_limit={config.byte_limit:,}; the checkpoint is kept in {path.parent}")  # fmt: skip
+        write_atomic(path, content)
+    if ctx.world > 1:
+        dist.barrier()
+
+
+def score_artifact(path: Path, config: Config, ctx: RunContext, val: Validation, tokenizer: dict, model=None) -> dict:
+    """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
+    artifact = load_artifact(path)
+    if artifact.tokenizer != tokenizer:
+        raise ConfigError(f"{path}: made with another tokenizer than the one in {config.data_path}")
+    model = model or build_model(config, ctx)
+    load_weights(model, artifact.tensors)
+    started = time.perf_counter()
+    final = evaluate(config.score_mode, model, config, ctx, val)
+    eval_s = time.perf_counter() - started
+    found = dict(val_bpb=f"{final.bpb:.8f}", val_loss=f"{final.loss:.8f}", score_mode=config.score_mode)
+    for mode in dict.fromkeys(config.also.split(",")):
+        if mode in CHOICES["score_mode"]:
+            score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
+            found[f"bpb_{mode}"] = f"{score.bpb:.8f}"
+    sizes = dict(
+        artifact_bytes=artifact.size, code_bytes=config.code_reserve, total_bytes=artifact.size + config.code_reserve
+    )
+    fits = not config.byte_limit or sizes["total_bytes"] <= config.byte_limit
+    return found | dict(eval_s=eval_s) | sizes | dict(limit=config.byte_limit, fits="yes" if fits else "no",
+                        artifact_sha256=artifact.sha256)  # fmt: skip
+
+
+RESULT_FIELDS = [
+    "val_bpb",
+    "val_loss",
+    "score_mode",
+    "bpb_trained",
+    "bpb_averaged",
+    "bpb_plain",
+    "bpb_sliding",
+    "bpb_sgd",
+    "steps",
+    "tokens",
+    "train_s",
+    "eval_s",
+    "artifact_bytes",
+    "code_bytes",
+    "total_bytes",
+    "limit",
+    "fits",
+    "seed",
+    "recipe",
+    "artifact_sha256",
+]
+
+
+def log_result(found: dict, ctx: RunContext) -> dict:
+    result = {name: found[name] for name in RESULT_FIELDS if name in found}
+    ctx.log("result", **result)
+    return result
+
+
+def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
+    """--score: the model comes from the file, how to score too unless said otherwise."""
+    stored = {n: v for n, v in load_artifact(config.score).stored.items() if n not in given}
+    config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
+    val, tokenizer = load_validation(config, ctx)
+    log_result(score_artifact(Path(config.score), config, ctx, val, tokenizer) | dict(seed=config.seed), ctx)
+
+
+def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """The whole run: data, model, training, artifact, score from the artifact."""
+    check_split(config, ctx)
+    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S"))
+    folder = Path("runs") / config.run_id
+    if config.resume:
+        folder = Path(config.resume)
+    elif (folder / "config.json").exists():
+        raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
+    val, tokenizer = load_validation(config, ctx)
+    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    model = build_model(config, ctx)
+    grids = build_grids(config, model)
+    model.init_weights(config.seed)
+    if ctx.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        ctx.log.open(folder / "log.txt")
+        write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
+        source_path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
+        write_atomic(folder / "tokenizer.model", source_path.read_bytes())
+    log_head(config, source, ctx)
+    ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
+    log_plan(config, grids, model, ctx)
+    trained = train(config, ctx, model, grids, stream, folder)
+    found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
+    found |= dict(seed=config.seed, recipe=config.recipe)
+    wanted = config.also.split(",")
+    if "trained" in wanted:
+        found["bpb_trained"] = f"{evaluate('plain', model, config, ctx, val, 'trained').bpb:.8f}"
+    if "averaged" in wanted:
+        trained.latents.publish(trained.averaged, quantized=False)
+        found["bpb_averaged"] = f"{evaluate('plain', model, config, ctx, val, 'averaged').bpb:.8f}"
+    path = folder / "artifact.lg"
+    export(config, ctx, trained, tokenizer, path)
+    found |= score_artifact(path, config, ctx, val, tokenizer, model)
+    result = log_result(found, ctx)
+    if ctx.rank == 0:
+        report = dict(result=result, config=asdict(config), source=source)
+        write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
+
+
+def main(argv: list[str], environ: dict[str, str]) -> int:
+    """0 good, 1 crash or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    try:
+        config, source = parse_config(argv, environ)
+        ctx = build_context(config, environ)
+        if config.dry_run:
+            dry_run(config, ctx)
+        elif config.score:
+            score_only(config, ctx, {n for n, s in source.items() if s in ("cli", "env")})
+        else:
+            run(config, source, ctx)
+        return 0
+    except (ConfigError, DataError, DoesNotFit, ArtifactError, NonFiniteLoss, Interrupted, OSError) as error:
+        codes = {DoesNotFit: 3, ArtifactError: 4, NonFiniteLoss: 1, Interrupted: 1}
+        if environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return codes.get(type(error), 1 if isinstance(error, OSError) else 2)
+    except torch.OutOfMemoryError:
+        print(
+            "error: out of GPU memory: set --micro_batch to half of the sequences that a rank holds now",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
