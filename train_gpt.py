@@ -29,6 +29,7 @@ import struct
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -117,10 +118,17 @@ class Config(Stored):
     average_every: int = 50  # steps between two weights in the average
     ema_decay: float = 0.9  # what the decaying mean keeps of itself each time
 
-    matrix_bits: int = 6  # bits of a matrix code
-    table_bits: int = 8  # bits of an embedding table code
-    matrix_k: float = 0.0  # matrix grid: step = k std(row) / largest code (0 = solve k from byte_limit)
-    table_k: float = 20.0  # the same for tables
+    core_bits: int = 6  # bits of a code in the matrices of blocks that the plan repeats
+    edge_bits: int = 6  # bits of a code in all other matrices
+    embed_bits: int = 8  # bits of a code in the token embedding
+    table_bits: int = 8  # bits of a code in the bigram and value tables
+    core_k: float = 12.85  # step of a row's grid: k_scale * k * std(row) / largest code
+    edge_k: float = 12.85  # the same for all other matrices
+    embed_k: float = 20.0  # the same for the token embedding
+    table_k: float = 20.0  # the same for the bigram and value tables
+    k_scale: float = 0.0  # coarseness of all grids (0 = the finest that is useful, or as coarse as byte_limit needs)
+    calibration_tokens: int = 131072  # training tokens whose activations steer the rounding (0 = plain rounding)
+    export_reserve_s: float = 6.0  # seconds of the training budget that are kept for that
     byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
     code_reserve: int = 24_000  # bytes that a run sets aside for the code
 
@@ -200,7 +208,9 @@ LIMITS = [  # what a stored config may ask for is bounded too: an artifact is in
     ("bigram_buckets", 0, 2**24), ("bigram_dim", 1, 65536), ("softcap", 1e-3, 1e6), ("iterations", 0, BIG),
     ("max_wallclock_seconds", 0.1, 1e7), ("batch_tokens", 2, 2**32), ("micro_batch", 0, 2**20), ("warmdown", 0, 1),
     ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
-    ("ema_decay", 0, 1), ("matrix_bits", 2, 8), ("table_bits", 2, 8), ("matrix_k", 0, 1e3), ("table_k", 0.1, 1e3),
+    ("ema_decay", 0, 1), ("core_bits", 2, 8), ("edge_bits", 2, 8), ("embed_bits", 2, 8), ("table_bits", 2, 8),
+    ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
+    ("calibration_tokens", 0, BIG), ("export_reserve_s", 0, 1e7),
     ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
     ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
     ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
@@ -213,7 +223,7 @@ RECIPES = {
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
         final_lr=0.02, average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding",
         score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
-        checkpoint_every_s=30.0,
+        checkpoint_every_s=30.0, calibration_tokens=32768, export_reserve_s=4.0,
     ),
 }  # fmt: skip
 
@@ -685,7 +695,8 @@ class Budget:
     """Decides before each step whether it may start and how far the run will be once it is done."""
 
     def __init__(self, config: Config):
-        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds
+        reserve = config.export_reserve_s if config.calibration_tokens else 0.0
+        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds - reserve
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
     def add_step(self, seconds: float) -> None:
@@ -708,7 +719,8 @@ class Budget:
 # One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
 # code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
 
-ZSTD_OVERHEAD = 1.018  # zstd-22 over the order-0 entropy of such codes
+FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
+CODER_OVERHEAD = 1.003  # file bytes over the order-0 entropy of codes
 
 
 @dataclass(frozen=True)
@@ -732,54 +744,92 @@ def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
 
 
-def compute_code_bits(grid: Grid) -> float:
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
+    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
+    _, step = quantize_tensor(weight, grid)
+    order = hessian.diagonal().argsort(descending=True)
+    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    energy = hessian.diagonal().mean() + 1e-12
+    eye = torch.eye(len(order), device=hessian.device)
+    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
+        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
+        if not failed:
+            break
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
+    codes = torch.zeros_like(open_weight)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = torch.zeros_like(open_weight[:, start:stop])
+        for i in range(start, stop):
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
+            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
+        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
+
+
+def compute_gaussian_bits(grid: Grid) -> float:
     """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
     edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
     below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
-    chances = np.diff(below)
-    chances = chances[chances > 0]
-    return float(-(chances * np.log2(chances)).sum())
+    return compute_entropy(np.diff(below))
 
 
-def forecast_bytes(config: Config, grids: dict[str, Grid | None], shapes: dict[str, torch.Size]) -> int:
-    """Expected size of the artifact."""
-    total = 4000.0
-    for name, shape in shapes.items():
-        if grids[name] is None:
-            total += 2 * shape.numel()
-        else:
-            total += shape.numel() * compute_code_bits(grids[name]) / 8 * ZSTD_OVERHEAD + 2 * shape[0]
+def compute_entropy(weights: np.ndarray) -> float:
+    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
+    shares = weights[weights > 0] / weights.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dict[str, Tensor] | None = None) -> int:
+    """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
+    total = 6000.0  # header
+    for name, p in model.named_parameters():
+        grid = grids[name]
+        if grid is None:
+            total += 1.7 * p.numel()  # fp16, compressed a little
+            continue
+        bits = compute_gaussian_bits(grid)
+        if weights:
+            codes, _ = quantize_tensor(weights[name], grid)
+            bits = compute_entropy(torch.bincount(codes.flatten().long() + 128, minlength=256).double().cpu().numpy())
+        total += CODER_OVERHEAD * bits * p.numel() / 8 + 2 * len(p)
     return int(total)
 
 
-FINEST_K, COARSEST_K = 4.0, 24.0  # finer only clips more; coarser is below 2.4 bits at 6
+def build_grids(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Grid | None]:
+    """The grid of every parameter; None: stored in fp16."""
+    by_role = {
+        role: Grid(getattr(config, f"{role}_bits"), k_scale * getattr(config, f"{role}_k"))
+        for role in ("core", "edge", "embed", "table")
+    }
+    return {name: by_role.get(model.role(name)) for name, _ in model.named_parameters()}
 
 
-def build_grids(config: Config, model: LoopedGPT) -> dict[str, Grid | None]:
-    """The grid of every parameter (None: stored in fp16), matrix k solved from the byte limit where it is not given."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-
-    def grids(k: float) -> dict[str, Grid | None]:
-        by_kind = {
-            "matrix": Grid(config.matrix_bits, k),
-            "table": Grid(config.table_bits, config.table_k),
-            "vector": None,
-        }
-        return {name: by_kind[model.kind(name)] for name in shapes}
-
-    room = config.byte_limit - config.code_reserve
-    if config.matrix_k or not config.byte_limit or forecast_bytes(config, grids(FINEST_K), shapes) <= room:
-        return grids(config.matrix_k or FINEST_K)
-    low, high = FINEST_K, COARSEST_K
-    if (least := forecast_bytes(config, grids(high), shapes)) > room:
+def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) -> float:
+    """The finest k_scale whose file leaves nothing over `room` bytes."""
+    if size_at(FINEST) <= room:
+        return FINEST
+    if (least := size_at(COARSEST)) > room:
         raise DoesNotFit(
-            f"byte_limit={config.byte_limit}: the model needs at least {least + config.code_reserve:,} bytes with its "
-            f"code; use a smaller --model_dim, fewer blocks in --plan, or --byte_limit 0 to train it all the same"
+            f"byte_limit={config.byte_limit:,}: at least {least + config.code_reserve:,} bytes are needed, "
+            f"{config.code_reserve:,} of them for code; use a smaller --model_dim or fewer blocks in --plan"
         )
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if forecast_bytes(config, grids(middle), shapes) > room else (low, middle)
-    return grids(high)
+    low, high = FINEST, COARSEST
+    while high - low > 1e-4 * high:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if size_at(middle) > room else (low, middle)
+    return high
+
+
+def plan_k_scale(config: Config, model: LoopedGPT) -> float:
+    """The coarseness to train at: given, or solved from the byte limit with Gaussian weights."""
+    if config.k_scale or not config.byte_limit:
+        return config.k_scale or FINEST
+    room = config.byte_limit - config.code_reserve
+    return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
 
 
 class DoesNotFit(ValueError):
@@ -948,10 +998,19 @@ class LoopedGPT(nn.Module):
         self.run_block, self.run_embed = compiled(Block.forward, "block"), compiled(LoopedGPT.embed_tokens, "block")
         self.run_loss = compiled(head_loss, "block", "full")
 
-    def kind(self, name: str) -> str:
-        """matrix, table or vector: which optimizer and which grid a parameter gets."""
+    def role(self, name: str) -> str:
+        """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
         owner = self.get_submodule(name.rpartition(".")[0])
-        return "table" if isinstance(owner, nn.Embedding) else "matrix" if isinstance(owner, Linear) else "vector"
+        if isinstance(owner, nn.Embedding):
+            return "embed" if owner is self.embed else "table"
+        if not isinstance(owner, Linear):
+            return "vector"
+        uses = [self.plan.names[p.block] for p in self.config.passes]
+        return "core" if name.startswith("blocks.") and uses.count(name.split(".")[1]) > 1 else "edge"
+
+    def kind(self, name: str) -> str:
+        """matrix, table or vector: which optimizer a parameter gets."""
+        return {"core": "matrix", "edge": "matrix", "embed": "table"}.get(self.role(name), self.role(name))
 
     def init_weights(self, seed: int) -> None:
         """Orthogonal matrices, except those that write to the stream: they start at zero, so every block is a no-op.
@@ -1258,24 +1317,60 @@ def write_atomic(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def pack_artifact(config: Config, weights: dict[str, Tensor], grids: dict[str, Grid | None], tokenizer: dict) -> bytes:
-    """The same weights always give the same bytes: no time, host or user in it."""
-    values = {}
+def quantize_weights(
+    weights: dict[str, Tensor], grids: dict[str, Grid | None], hessians: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
+    stored = {}
     for name, weight in weights.items():
-        if grids[name] is None:
-            values[name] = weight.half()
+        grid = grids[name]
+        if grid is None:
+            stored[name] = weight.half()
+        elif name in hessians:
+            stored[name], stored[f"{name}.step"] = round_with_feedback(weight, hessians[name], grid)
         else:
-            values[name], values[f"{name}.step"] = quantize_tensor(weight, grids[name])
-    layout = build_layout(config, {name: grid.bits for name, grid in grids.items() if grid})
+            stored[name], stored[f"{name}.step"] = quantize_tensor(weight, grid)
+    return stored
+
+
+def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
+    """The same tensors always give the same bytes: no time, host or user in it."""
+    layout = build_layout(config, bits)
     streams = [bytearray(), bytearray()]
     for entry in layout:
-        streams[entry["stream"]].extend(values[entry["name"]].cpu().contiguous().numpy().tobytes())
+        streams[entry["stream"]].extend(stored[entry["name"]].cpu().contiguous().numpy().tobytes())
     packed = [zstandard.ZstdCompressor(level=22).compress(bytes(raw)) for raw in streams]
     table = [dict(codec="zstd", bytes=len(p), raw_bytes=len(raw)) for p, raw in zip(packed, streams)]
     content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
     header = json.dumps(content, separators=(",", ":")).encode()
     body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
     return body + hashlib.sha256(body).digest()
+
+
+def fit_artifact(
+    config: Config, model: LoopedGPT, weights: dict, hessians: dict, k_scale: float, tokenizer: dict
+) -> bytes:
+    """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
+    and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each encoding."""
+    room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
+
+    def size_at(scale: float) -> int:
+        return forecast_bytes(model, build_grids(config, model, scale), weights)
+
+    is_bound = size_at(k_scale) > room or (not config.k_scale and k_scale > FINEST)
+    extra = 0
+    for _ in range(6):
+        if is_bound:
+            k_scale = solve_k_scale(lambda scale: size_at(scale) + extra, int(0.998 * room), config)  # noqa: B023
+        grids = build_grids(config, model, k_scale)
+        bits = {name: grid.bits for name, grid in grids.items() if grid}
+        content = pack_artifact(config, quantize_weights(weights, grids, hessians), bits, tokenizer)
+        if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
+            return content
+        is_bound, extra = True, len(content) - size_at(k_scale)
+    raise DoesNotFit(
+        f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below it"
+    )
 
 
 def config_from_stored(stored: dict) -> Config:
@@ -1598,6 +1693,8 @@ class Trained:
 
     latents: Latents
     averaged: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    k_scale: float
     at: Progress
 
 
@@ -1691,8 +1788,41 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream: TokenStream, folder: Path) -> Trained:
-    latents = Latents(model, grids)
+def collect_hessians(
+    config: Config, ctx: RunContext, weights: dict[str, Tensor], stream: TokenStream, clock: Clock | None = None
+) -> dict[str, Tensor]:
+    """Sums of x x^T over the inputs of every matrix, all passes together, on training text, within the budget."""
+    if not config.calibration_tokens:
+        return {}
+    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+    load_weights(model, weights)
+    sums = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            sums[f"{name}.weight"] = total = torch.zeros(
+                module.weight.shape[1], module.weight.shape[1], device=ctx.device
+            )
+
+            def add(_, inputs, __, total=total):
+                x = inputs[0].flatten(0, -2).float()
+                total.addmm_(x.T, x)
+
+            module.register_forward_hook(add)
+    rows, batch_s = max(1, min(config.calibration_tokens, config.batch_tokens) // config.seq_len // ctx.world), 0.0
+    for batch in range(-(-config.calibration_tokens // (rows * config.seq_len * ctx.world))):
+        started = clock.read() if clock else 0.0
+        if clock and not config.iterations and started + 1.5 * batch_s > config.max_wallclock_seconds:
+            break
+        with torch.no_grad():
+            model(load_batch(stream, batch, config, ctx)[0][:rows])
+        batch_s = clock.read() - started if clock else 0.0
+    return {name: ctx.sum(total) for name, total in sums.items()}
+
+
+def train(
+    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
+) -> Trained:
+    latents = Latents(model, build_grids(config, model, k_scale))
     optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
     latents.publish()
     at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
@@ -1721,9 +1851,11 @@ def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream
                 raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
             if is_stopped:
                 raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
+        averaged = average.result(latents.weights)
+        hessians = collect_hessians(config, ctx, averaged, stream, clock)
         at.used_s = clock.stop()
     save_checkpoint(folder, optim, average, at, ctx)
-    return Trained(latents, average.result(latents.weights), at)
+    return Trained(latents, averaged, hessians, k_scale, at)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1755,19 +1887,24 @@ def hash_counted_code() -> str:
     return digest.hexdigest()
 
 
-def log_plan(config: Config, grids: dict[str, Grid | None], model: LoopedGPT, ctx: RunContext) -> None:
+def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
     """Sizes and forecasts, before anything is trained."""
-    counts, shapes = {"matrix": 0, "table": 0, "vector": 0}, {}
+    counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
     for name, p in model.named_parameters():
-        counts[model.kind(name)] += p.numel()
-        shapes[name] = p.shape
-    matrix_k = next(g.k for n, g in grids.items() if model.kind(n) == "matrix")
-    n_bytes = forecast_bytes(config, grids, shapes)
+        counts[model.role(name)] += p.numel()
+    n_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total, limit = n_bytes + config.code_reserve, config.byte_limit
+    if limit and total > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: about {total:,} bytes are expected; raise --k_scale or leave it at 0")
     flops = compute_flops(config, config.depth)
     ctx.log("model", params=sum(counts.values()), **counts, passes=len(config.passes), blocks=len(model.blocks))
     ctx.log("forecast", flops_per_token=flops, artifact_bytes=n_bytes, total_bytes=n_bytes + config.code_reserve,
-            limit=config.byte_limit, matrix_k=matrix_k,
-            bits_per_weight=compute_code_bits(Grid(config.matrix_bits, matrix_k)))  # fmt: skip
+            limit=limit, k_scale=k_scale,
+            core_bits=compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale)))  # fmt: skip
+    if config.k_scale and limit and 0.97 * limit < total:
+        ctx.log.line(
+            f"# warning: {100 * total / limit:.1f}% of the byte limit is expected, the export may coarsen the grid"
+        )
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
     bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
     memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
@@ -1788,7 +1925,7 @@ def dry_run(config: Config, ctx: RunContext) -> None:
     ctx.log.line(f"params:{sum(by_part.values())}")
     for part, count in by_part.items():
         ctx.log("part", name=part, params=count)
-    log_plan(config, build_grids(config, model), model, ctx)
+    log_plan(config, plan_k_scale(config, model), model, ctx)
 
 
 def check_split(config: Config, ctx: RunContext) -> None:
@@ -1803,14 +1940,13 @@ def check_split(config: Config, ctx: RunContext) -> None:
         )
 
 
-def export(config: Config, ctx: RunContext, trained: Trained, tokenizer: dict, path: Path) -> None:
+def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
     """Writes the artifact, unless it is over the limit. From here on only that file is used."""
     if ctx.rank == 0:
-        content = pack_artifact(config, trained.averaged, trained.latents.grids, tokenizer)
-        total = len(content) + config.code_reserve
-        if config.byte_limit and total > config.byte_limit:
-            raise DoesNotFit(f"{len(content):,} bytes of artifact and {config.code_reserve:,} of code are over "
-                             f"byte_limit={config.byte_limit:,}; the checkpoint is kept in {path.parent}")  # fmt: skip
+        try:
+            content = fit_artifact(config, model, trained.averaged, trained.hessians, trained.k_scale, tokenizer)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
         write_atomic(path, content)
     if ctx.world > 1:
         dist.barrier()
@@ -1889,7 +2025,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     val, tokenizer = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = build_model(config, ctx)
-    grids = build_grids(config, model)
+    k_scale = plan_k_scale(config, model)
     model.init_weights(config.seed)
     if ctx.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1899,8 +2035,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         write_atomic(folder / "tokenizer.model", source_path.read_bytes())
     log_head(config, source, ctx)
     ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
-    log_plan(config, grids, model, ctx)
-    trained = train(config, ctx, model, grids, stream, folder)
+    log_plan(config, k_scale, model, ctx)
+    trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
     found |= dict(seed=config.seed, recipe=config.recipe)
     wanted = config.also.split(",")
@@ -1910,7 +2046,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         trained.latents.publish(trained.averaged, quantized=False)
         found["bpb_averaged"] = f"{evaluate('plain', model, config, ctx, val, 'averaged').bpb:.8f}"
     path = folder / "artifact.lg"
-    export(config, ctx, trained, tokenizer, path)
+    export(config, ctx, model, trained, tokenizer, path)
     found |= score_artifact(path, config, ctx, val, tokenizer, model)
     result = log_result(found, ctx)
     if ctx.rank == 0:
