@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.shards import DataError, find_shards, read_shard
+from kernels.rans import decode_matrices, encode_matrices
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -50,8 +51,14 @@ from data.shards import DataError, find_shards, read_shard
 # One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work: one line that names it and the mend. Exit code 2."""
+class Stop(Exception):
+    """Ends the run with one line that names what is wrong and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(Stop):
+    """A setting that cannot work."""
 
 
 @dataclass(frozen=True)
@@ -832,8 +839,10 @@ def plan_k_scale(config: Config, model: LoopedGPT) -> float:
     return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
 
 
-class DoesNotFit(ValueError):
-    """The model cannot be stored within the byte limit. Exit code 3."""
+class DoesNotFit(Stop):
+    """The model cannot be stored within the byte limit."""
+
+    exit_code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1289,19 +1298,25 @@ MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
 CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
 
 
-class ArtifactError(ValueError):
-    """An artifact that cannot be used. Exit code 4."""
+class ArtifactError(Stop):
+    """An artifact that cannot be used."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the config fields it stores, the tensors of the model, the digest of the whole file."""
+    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
+    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
 
     stored: dict
-    tensors: dict[str, Tensor]
     tokenizer: dict
-    sha256: str
+    layout: list[dict]
+    streams: list[dict]
+    raw: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     size: int
+    sha256: str
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -1336,11 +1351,13 @@ def quantize_weights(
 def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
     """The same tensors always give the same bytes: no time, host or user in it."""
     layout = build_layout(config, bits)
-    streams = [bytearray(), bytearray()]
-    for entry in layout:
-        streams[entry["stream"]].extend(stored[entry["name"]].cpu().contiguous().numpy().tobytes())
-    packed = [zstandard.ZstdCompressor(level=22).compress(bytes(raw)) for raw in streams]
-    table = [dict(codec="zstd", bytes=len(p), raw_bytes=len(raw)) for p, raw in zip(packed, streams)]
+    by_stream = [[stored[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
+    raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
+    choices = [{"zstd": zstandard.ZstdCompressor(level=22).compress(raw)} for raw in raws]
+    choices[CODES]["rans"] = encode_matrices(by_stream[CODES])
+    codecs = [min(choice, key=lambda codec: len(choice[codec])) for choice in choices]  # noqa: B023 (used at once)
+    packed = [choice[codec] for choice, codec in zip(choices, codecs)]
+    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
     content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
     header = json.dumps(content, separators=(",", ":")).encode()
     body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
@@ -1436,24 +1453,27 @@ def unpack_artifact(content: bytes) -> Artifact:
     at, raw_streams = 16 + header_bytes, []
     if any(type(n) is not int or n < 0 for _, n, _ in sizes) or at + sum(n for _, n, _ in sizes) + 32 != len(content):
         raise ArtifactError("its streams do not fill the file")
-    for codec, n_bytes, raw_bytes in sizes:
-        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes))
+    for stream, (codec, n_bytes, raw_bytes) in enumerate(sizes):
+        shapes = [tuple(e["shape"]) for e in layout if e["stream"] == stream]
+        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes, shapes if stream == CODES else []))
         at += n_bytes
-    found = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
+    raw = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
     weights = {}
-    for entry in (e for e in layout if not e["name"].endswith(".step")):
-        step = found.get(entry["name"] + ".step")
-        weights[entry["name"]] = found[entry["name"]] if step is None else dequantize_tensor(found[entry["name"]], step)
-    return Artifact(stored, weights, tokenizer, hashlib.sha256(content).hexdigest(), len(content))
+    for name in (e["name"] for e in layout if not e["name"].endswith(".step")):
+        step = raw.get(f"{name}.step")
+        weights[name] = raw[name] if step is None else dequantize_tensor(raw[name], step)
+    return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
 
 
-def decompress(codec: str, packed: bytes, raw_bytes: int) -> bytes:
+def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int, int]]) -> bytes:
     try:
+        if codec == "rans" and shapes:
+            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
         if codec != "zstd" or zstandard.frame_content_size(packed) != raw_bytes:
-            raise ArtifactError(f"a stream of codec {str(codec)[:20]!r} does not decode to the size it promises")
+            raise ValueError("codec or size is not what this script reads")
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
-    except zstandard.ZstdError:
-        raise ArtifactError("a stream does not decompress") from None
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ArtifactError(f"a stream does not decode: {error}") from None
     if len(raw) != raw_bytes:
         raise ArtifactError("a stream does not decode to the size it promises")
     return raw
@@ -1671,12 +1691,16 @@ def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: 
 # The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
 
 
-class NonFiniteLoss(RuntimeError):
-    """Stops a run on all ranks. Exit code 1, as for an interruption."""
+class NonFiniteLoss(Stop):
+    """Stops a run on all ranks, after a checkpoint is saved."""
+
+    exit_code = 1
 
 
-class Interrupted(RuntimeError):
-    """SIGTERM or Ctrl-C, after the checkpoint is saved."""
+class Interrupted(Stop):
+    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
+
+    exit_code = 1
 
 
 @dataclass
@@ -1877,7 +1901,8 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 def counted_files() -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository."""
-    return [Path(__file__), Path(sys.modules[read_shard.__module__].__file__)]
+    modules = [sys.modules[part.__module__] for part in (read_shard, encode_matrices)]
+    return [Path(__file__), *(Path(module.__file__) for module in modules)]
 
 
 def hash_counted_code() -> str:
@@ -2054,8 +2079,12 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
 
 
+def exit_code(error: Exception) -> int:
+    """1 crash, full disk, interruption or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
+    return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
+
+
 def main(argv: list[str], environ: dict[str, str]) -> int:
-    """0 good, 1 crash or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
@@ -2069,13 +2098,12 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
         else:
             run(config, source, ctx)
         return 0
-    except (ConfigError, DataError, DoesNotFit, ArtifactError, NonFiniteLoss, Interrupted, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            return 1  # whoever read the output has seen enough
-        codes = {DoesNotFit: 3, ArtifactError: 4, NonFiniteLoss: 1, Interrupted: 1}
+    except BrokenPipeError:
+        return 1  # whoever read the output has seen enough
+    except (Stop, DataError, OSError) as error:
         if environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return codes.get(type(error), 1 if isinstance(error, OSError) else 2)
+        return exit_code(error)
     except torch.OutOfMemoryError:
         print(
             "error: out of GPU memory: set --micro_batch to half of the sequences that a rank holds now",
