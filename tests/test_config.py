@@ -109,13 +109,14 @@ def test_wrong_values_in_the_environment_are_refused_too():
     (dict(ttt_freeze="z"), ("ttt_freeze", "z")), (dict(score_mode="best"), ("score_mode", "best")),
     (dict(skips="all"), ("skips",)), (dict(average="mean"), ("average",)), (dict(also="plain,x"), ("also", "x")),
     (dict(device="tpu"), ("device",)), (dict(dtype="float16"), ("dtype",)), (dict(compile="yes"), ("compile",)),
-    (dict(model_dim=0), ("model_dim",)), (dict(num_heads=0), ("num_heads",)), (dict(num_kv_heads=0), ("num_kv_heads",)),
-    (dict(vocab_size=1), ("vocab_size",)), (dict(seq_len=0, batch_tokens=128), ("seq_len",)), (dict(depth=0), ("depth",)),
+    (dict(model_dim=0), ("model_dim",)), (dict(num_heads=0), ("num_heads",)), (dict(vocab_size=1), ("vocab_size",)),
+    (dict(num_kv_heads=0), ("num_kv_heads",)), (dict(seq_len=0), ("seq_len",)), (dict(depth=0), ("depth",)),
     (dict(matrix_bits=9), ("matrix_bits",)), (dict(matrix_bits=1), ("matrix_bits",)), (dict(stride=0), ("stride",)),
     (dict(warmdown=1.5), ("warmdown",)), (dict(loop_start=-0.1), ("loop_start",)), (dict(softcap=0.0), ("softcap",)),
     (dict(max_wallclock_seconds=0.0), ("max_wallclock_seconds",)), (dict(iterations=-1), ("iterations",)),
-    (dict(ttt_chunk=0), ("ttt_chunk",)), (dict(score_batch=0), ("score_batch",)), (dict(byte_limit=-5), ("byte_limit",)),
-    (dict(micro_batch=-1), ("micro_batch",)), (dict(average_every=0), ("average_every",)), (dict(log_every=0), ("log_every",)),
+    (dict(ttt_chunk=0), ("ttt_chunk",)), (dict(score_batch=0), ("score_batch",)), (dict(log_every=0), ("log_every",)),
+    (dict(micro_batch=-1), ("micro_batch",)), (dict(average_every=0), ("average_every",)),
+    (dict(byte_limit=-5), ("byte_limit",)),
     (dict(bigram_buckets=-1), ("bigram_buckets",)), (dict(mlp_mult=0.0), ("mlp_mult",)),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(changes, names):
