@@ -210,9 +210,10 @@ RECIPES = {
     "4b7l": {},
     "pocket": dict(
         plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
-        bigram_dim=64, ve_dim=64, batch_tokens=8192, max_wallclock_seconds=120.0, warmdown=0.6, final_lr=0.02,
-        average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding", score_tokens=65536,
-        score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0,
+        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
+        final_lr=0.02, average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding",
+        score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
+        checkpoint_every_s=30.0,
     ),
 }  # fmt: skip
 
@@ -532,7 +533,20 @@ def build_context(config: Config, environ: dict[str, str]) -> RunContext:
     # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
     fixed = not parse_plan(config.plan).is_variable
     mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
-    return RunContext(rank, world, device, getattr(torch, dtype), mode, Log(quiet=rank != 0))
+    log = Log(quiet=rank != 0)
+    if mode != "none" and (fault := find_compiler_fault()):
+        log.line(f"# running uncompiled, about half as fast: {fault}")
+        mode = "none"
+    return RunContext(rank, world, device, getattr(torch, dtype), mode, log)
+
+
+def find_compiler_fault() -> str:
+    """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except Exception as error:
+        return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
+    return ""
 
 
 class Clock:
@@ -904,7 +918,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
 class LoopedGPT(nn.Module):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, tied head."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_blocks: bool = False):
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
         self.config, self.plan = config, parse_plan(config.plan)
         D, P, kv_dim = config.model_dim, len(config.passes), config.num_kv_heads * config.head_dim
@@ -926,9 +940,13 @@ class LoopedGPT(nn.Module):
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
             self.value_scales = nn.Parameter(torch.empty(len(self.value_rows)))
         self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in self.plan.injected})
-        compiled = functools.partial(torch.compile, dynamic=False) if compile_blocks else lambda f: f
-        self.run_block, self.run_embed = compiled(Block.forward), compiled(LoopedGPT.embed_tokens)
-        self.run_loss = compiled(head_loss)
+
+        def compiled(function, *modes: str):
+            return torch.compile(function, dynamic=False) if compile_mode in modes else function
+
+        self.run_states = compiled(LoopedGPT.states, "full")
+        self.run_block, self.run_embed = compiled(Block.forward, "block"), compiled(LoopedGPT.embed_tokens, "block")
+        self.run_loss = compiled(head_loss, "block", "full")
 
     def kind(self, name: str) -> str:
         """matrix, table or vector: which optimizer and which grid a parameter gets."""
@@ -984,10 +1002,15 @@ class LoopedGPT(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (None: the config's; 0: every
-        group once). With a cache the tokens continue its stream."""
+        """States for tokens; a stream with a cache changes its shapes all the time and is not compiled whole."""
+        states = self.run_states if cache is None else LoopedGPT.states
+        return states(self, tokens, self.config.depth if depth is None else depth, cache)
+
+    def states(self, tokens: Tensor, depth: int, cache: Cache | None) -> Tensor:
+        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (0: every group
+        once). With a cache the tokens continue its stream."""
         config = self.config
-        passes = self.plan.passes(config.depth if depth is None else depth, config.depth)
+        passes = self.plan.passes(depth, config.depth)
         window = cache.window if cache else config.seq_len
         before = (
             cache.tokens if cache and cache.tokens is not None else tokens.new_full((len(tokens), 2), config.bos_id)
@@ -1028,8 +1051,10 @@ class LoopedGPT(nn.Module):
 
 
 def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
+    if ctx.compile != "none":
+        torch._dynamo.config.recompile_limit = 64  # depths, shapes and grad modes of one run; each is compiled once
     with ctx.device:
-        return LoopedGPT(config, ctx.dtype, ctx.compile == "block")
+        return LoopedGPT(config, ctx.dtype, ctx.compile)
 
 
 def compute_flops(config: Config, depth: int) -> int:
@@ -1576,13 +1601,20 @@ class Trained:
     at: Progress
 
 
-def train_step(model, loss_fn, optim: Optimizers, batch, settings: Settings, config: Config, ctx: RunContext) -> Tensor:
+def train_step(
+    model: LoopedGPT,
+    optim: Optimizers,
+    batch: tuple[Tensor, Tensor],
+    settings: Settings,
+    config: Config,
+    ctx: RunContext,
+) -> Tensor:
     """One optimizer step on this rank's sequences; returns its mean loss."""
     inputs, targets = batch
     size = config.micro_batch or len(inputs)
     total = torch.zeros((), device=ctx.device)
     for x, y in zip(inputs.split(size), targets.split(size)):
-        loss = loss_fn(x, y, settings.depth)
+        loss = model.loss(x, y, settings.depth)
         loss.backward()
         optim.latents.collect()
         total += loss.detach()
@@ -1592,7 +1624,7 @@ def train_step(model, loss_fn, optim: Optimizers, batch, settings: Settings, con
     return total / n_micro
 
 
-def warm_up(model, loss_fn, optim: Optimizers, config: Config, ctx: RunContext) -> None:
+def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
     """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
     started = time.perf_counter()
     before = {k: v for k, v in optim.state().items() if k != "weights"}
@@ -1603,7 +1635,7 @@ def warm_up(model, loss_fn, optim: Optimizers, config: Config, ctx: RunContext) 
         torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
     )
     for depth in sorted({0 if config.loop_start else config.depth, config.depth}):
-        train_step(model, loss_fn, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
+        train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
     optim.load({"weights": weights, **before})
     torch.set_rng_state(random_state)
     ctx.sync()
@@ -1663,17 +1695,14 @@ def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream
     latents = Latents(model, grids)
     optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
     latents.publish()
-    loss_fn = torch.compile(model.loss, dynamic=False) if ctx.compile == "full" else model.loss
     at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
-    warm_up(model, loss_fn, optim, config, ctx)
+    warm_up(model, optim, config, ctx)
     budget, clock, saved_at = Budget(config), Clock(ctx, at.used_s), at.used_s
     with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
             settings = settings_at(config, progress)
-            step_loss = train_step(
-                model, loss_fn, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx
-            )
+            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
             average.update(latents.weights, at.step, progress)
             loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
             step_s, at.used_s, at.step = now - at.used_s, now, at.step + 1
@@ -1742,8 +1771,9 @@ def log_plan(config: Config, grids: dict[str, Grid | None], model: LoopedGPT, ct
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
     bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
     memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
-    # rough on purpose: 40% of an H100's bf16 peak; a desktop core at what its matrix units usually give this model
-    rate = 400e12 if ctx.device.type == "cuda" else 0.12e12 * torch.get_num_threads()
+    # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
+    core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
+    rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
     ctx.log("forecast", step_ms=1000 * flops * config.batch_tokens / (rate * ctx.world), memory_mb=memory / 1e6,
             tokens_per_step=config.batch_tokens, world=ctx.world, device=ctx.device.type)  # fmt: skip
 
@@ -1904,6 +1934,8 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
             run(config, source, ctx)
         return 0
     except (ConfigError, DataError, DoesNotFit, ArtifactError, NonFiniteLoss, Interrupted, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return 1  # whoever read the output has seen enough
         codes = {DoesNotFit: 3, ArtifactError: 4, NonFiniteLoss: 1, Interrupted: 1}
         if environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

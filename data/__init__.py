@@ -1,1 +1,1 @@
-"""Text in, dataset folders out: token shards (`*_train_*.bin`, `*_val_*.bin`), `tokenizer.model`, `manifest.json`."""
+"""Text in, dataset folders out: shards, tokenizers, the offline corpus, the challenge's download."""

@@ -1,4 +1,4 @@
-"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), then uint16 tokens.
+"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens.
 
 It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted
 code: it needs numpy only, and holds nothing that a training run does not use.
@@ -13,8 +13,8 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
-CHECK_TOKENS = 1 << 22   # the range check reads this many tokens at a time, so that a shard never fills memory
-MAKE_DATA = "make the data with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
+CHECK_TOKENS = 1 << 22   # tokens per step of the range check, so that a shard never fills the memory
+MAKE_DATA = "make it with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
 REPLACE = "delete it and build or download it again"
 
 
@@ -57,7 +57,7 @@ def read_token_count(path: Path) -> int:
 
 
 def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens of a shard, memory-mapped and read-only; with `vocab_size` every token id is checked against it."""
+    """The tokens of a shard, memory-mapped, read-only; with `vocab_size` every token id must be below it."""
     path = Path(path)
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
     if vocab_size is not None:
@@ -73,7 +73,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Write a shard under a temporary name and rename it, so that a broken write leaves no file behind."""
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < tokens.size < 1 << 31:
-        raise DataError(f"{path}: a shard takes a non-empty row of fewer than 2**31 integers, "
+        raise DataError(f"{path}: a shard takes a row of 1 to 2**31 - 1 integers, "
                         f"not {tokens.dtype} of shape {tokens.shape}")
     if tokens.min() < 0 or tokens.max() > 0xFFFF:
         raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit into uint16; "

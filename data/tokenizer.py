@@ -1,0 +1,364 @@
+"""Byte-exact SentencePiece tokenizers, and the way from any text to a dataset folder.
+
+    python -m data.tokenizer train  --out FILE [--vocab-size N] FILES...
+    python -m data.tokenizer encode --tokenizer FILE --out FOLDER FILES...
+
+FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line). A document becomes BOS
+and its pieces. Byte-exact means: the bytes that the challenge's rule counts for a document's pieces are its
+UTF-8 bytes, and decoding gives the document back.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import zstandard
+from tqdm import tqdm
+
+from data.folder import (
+    TOKENIZER,
+    Parser,
+    building,
+    compute_sha256,
+    log,
+    positive,
+    run_program,
+    started_pool,
+    write_manifest,
+)
+from data.shards import DataError, write_shard
+
+SHARD_TOKENS = 100_000_000   # the challenge's own
+TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time
+SENTENCE_CHARS = 16_000      # SentencePiece drops sentences above its limit, and fails on words above 65,535
+BATCH_CHARS = 500_000        # one task of a worker process
+SPACE_MARKER = "\u2581"
+LETTERS_OF_NOBODY = range(0xE000, 0xF900)   # Unicode's private use area
+
+
+# --- tokenizers
+
+def cut_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Training sentences: whole documents, so that pieces may hold newlines; only giants are cut."""
+    for text in texts:
+        for start in range(0, len(text), SENTENCE_CHARS):
+            yield text[start:start + SENTENCE_CHARS]
+
+
+def sample_evenly(sentences: Iterable[str], max_bytes: int) -> list[str]:
+    """Every n-th sentence, n the smallest power of two that keeps them under `max_bytes`; no randomness."""
+    kept: list[str] = []
+    kept_bytes, stride = 0, 1
+    for index, sentence in enumerate(sentences):
+        if index % stride:
+            continue
+        kept.append(sentence)
+        kept_bytes += len(sentence.encode())
+        if kept_bytes > max_bytes:
+            kept, stride = kept[::2], 2 * stride
+            kept_bytes = sum(len(sentence.encode()) for sentence in kept)
+    return kept
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:
+    """Train a byte-exact BPE tokenizer; the same texts give the same file, byte for byte."""
+    sentences, model = sample_evenly(cut_sentences(texts), TRAINING_BYTES), io.BytesIO()
+    if not sentences:
+        raise DataError(f"{path}: no text to train a tokenizer on; give files that hold text")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
+            # A run of blanks stays a run, and each blank starts a piece of its own: inside a piece its marker
+            # would be counted as three bytes.
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=False,
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=4 * SENTENCE_CHARS,
+            num_threads=2, minloglevel=2)   # the thread count is stored in the file, so it is fixed
+    except (RuntimeError, OSError) as error:
+        reason = str(error).split("] ")[-1].split(". Increase")[0].rstrip(".")
+        raise DataError(f"{path}: cannot train {vocab_size} pieces on this text ({reason}); "
+                        "choose another --vocab-size or give more text") from None
+    write_atomically(Path(path), model.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """Load a tokenizer and check that shards can hold its tokens and that it can spell every text."""
+    path, tokenizer = Path(path), sentencepiece.SentencePieceProcessor()
+    if not path.is_file():
+        raise DataError(f"{path}: no such tokenizer; make one with `python -m data.tokenizer train`")
+    try:
+        tokenizer.load_from_serialized_proto(path.read_bytes())
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model; train or download it again") from None
+    if len(tokenizer) > 1 << 16:
+        raise DataError(f"{path}: {len(tokenizer)} pieces do not fit into uint16 shards; use at most 65536")
+    if tokenizer.bos_id() < 0 or not tokenizer.is_byte(tokenizer.piece_to_id("<0x00>")):
+        raise DataError(f"{path}: no BOS or no byte pieces; train it with `python -m data.tokenizer train`")
+    return tokenizer
+
+
+def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """BOS, then the pieces of the text.
+
+    SentencePiece writes a blank as U+2581 and would read a U+2581 of the text as a blank. That character is
+    spelled as its three bytes: a private letter that text and vocabulary lack takes its place, comes out as
+    three byte pieces, and those are exchanged.
+    """
+    if SPACE_MARKER not in text:
+        return [tokenizer.bos_id(), *tokenizer.encode(text)]
+    stand_in = next(letter for letter in map(chr, LETTERS_OF_NOBODY)
+                    if letter not in text and tokenizer.piece_to_id(letter) == tokenizer.unk_id())
+    wanted, found = spell_bytes(tokenizer, SPACE_MARKER), spell_bytes(tokenizer, stand_in)
+    ids, position = encode_document(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
+    while position < len(ids):
+        if ids[position:position + 3] == found:
+            ids[position:position + 3] = wanted
+        position += 1
+    return ids
+
+
+def spell_bytes(tokenizer: sentencepiece.SentencePieceProcessor, character: str) -> list[int]:
+    return [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+
+
+# --- reading text files
+
+def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
+    """The documents of .txt, .jsonl and .jsonl.zst files, in order."""
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the path")
+        if path.suffix == ".txt":
+            yield decode_utf8(path.read_bytes(), str(path))
+        elif path.suffix == ".jsonl" or path.name.endswith(".jsonl.zst"):
+            yield from read_json_lines(path)
+        else:
+            raise DataError(f"{path}: unknown kind of file; give .txt, .jsonl or .jsonl.zst")
+
+
+def read_json_lines(path: Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        lines = split_lines(decompress(file, path)) if path.suffix == ".zst" else file
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield parse_line(line, f"{path}, line {number}")
+
+
+def parse_line(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(decode_utf8(line, where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); mend or remove the line") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{where}: no "text" string in it; each line must be {{"text": "..."}}')
+    try:
+        text.encode()   # JSON can spell lone surrogates, which no UTF-8 text holds
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: not valid UTF-8 (a lone surrogate); mend or remove the line") from None
+    return text
+
+
+def decode_utf8(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not valid UTF-8 at byte {error.start}; convert it to UTF-8") from None
+
+
+def decompress(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
+    """The content of all zstd frames of a file; unlike the library's own reader it notices a missing end."""
+    decoder, is_inside = zstandard.ZstdDecompressor().decompressobj(), False
+    try:
+        while chunk := file.read(1 << 18):
+            while chunk:
+                yield decoder.decompress(chunk)
+                chunk, is_inside = decoder.unused_data, not decoder.eof
+                if decoder.eof:
+                    decoder = zstandard.ZstdDecompressor().decompressobj()
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: not a zstd file ({error}); compress or download it again") from None
+    if is_inside:
+        raise DataError(f"{path}: truncated zstd file; compress or download it again")
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    yield rest
+
+
+# --- from texts to shards
+
+class ShardWriter:
+    """Collects the tokens of one split and writes each shard that is full, cutting documents as needed."""
+
+    def __init__(self, folder: Path, name: str, split: str, shard_tokens: int) -> None:
+        self.folder, self.prefix, self.shard_tokens = folder, f"{name}_{split}", shard_tokens
+        self.pending: list[np.ndarray] = []
+        self.counts = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": 0}
+
+    def add(self, tokens: np.ndarray, documents: int, text_bytes: int) -> None:
+        self.pending.append(tokens)
+        for key, count in (("documents", documents), ("tokens", len(tokens)), ("text_bytes", text_bytes)):
+            self.counts[key] += count
+        if self.counts["tokens"] >= (self.counts["shards"] + 1) * self.shard_tokens:
+            self.flush()
+
+    def flush(self, is_last: bool = False) -> None:
+        tokens = np.concatenate([np.empty(0, np.uint16), *self.pending])
+        while len(tokens) >= self.shard_tokens or (is_last and len(tokens)):
+            name = f"{self.prefix}_{self.counts['shards']:06d}.bin"
+            write_shard(self.folder / name, tokens[:self.shard_tokens])
+            self.counts["shards"] += 1
+            tokens = tokens[self.shard_tokens:]
+        self.pending = [tokens]
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """The split: by content alone, so equal documents stay together and no other document matters."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
+
+
+def batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, chars = [], 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def tokenizer_of_worker(path: str) -> sentencepiece.SentencePieceProcessor:
+    return load_tokenizer(path)
+
+
+def encode_batch(texts: list[str], tokenizer_path: str, val_fraction: float) -> dict[str, tuple]:
+    """Work of one process: (tokens, documents, text bytes) for each split; empty documents are left out."""
+    tokenizer = tokenizer_of_worker(tokenizer_path)
+    parts: dict[str, list[str]] = {"train": [], "val": []}
+    for text in filter(None, texts):
+        parts["val" if is_validation(text, val_fraction) else "train"].append(text)
+    tokens = {split: [token for text in part for token in encode_document(tokenizer, text)]
+              for split, part in parts.items()}
+    return {split: (np.array(tokens[split], np.uint16), len(part), sum(len(text.encode()) for text in part))
+            for split, part in parts.items()}
+
+
+def map_in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """Like `pool.map`, but reads at most `ahead` items ahead, so that the input may be larger than memory."""
+    items = iter(items)
+    futures = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    while futures:
+        yield futures.popleft().result()
+        futures.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+
+
+def encode_documents(texts: Iterable[str], tokenizer_path: str | Path, folder: str | Path, name: str = "text",
+                     val_fraction: float = 0.05, shard_tokens: int = SHARD_TOKENS,
+                     workers: int | None = None) -> dict[str, dict[str, int]]:
+    """Write `NAME_train_*.bin` and `NAME_val_*.bin` into a folder; returns the counts of each split.
+
+    The shards do not depend on the number of worker processes.
+    """
+    load_tokenizer(tokenizer_path)   # a bad one stops here and not inside a worker
+    writers = {split: ShardWriter(Path(folder), name, split, shard_tokens) for split in ("train", "val")}
+    encode = functools.partial(encode_batch, tokenizer_path=str(tokenizer_path), val_fraction=val_fraction)
+    ahead = 3 * (workers or os.cpu_count() or 1)
+    with (started_pool(workers) as pool,
+          tqdm(unit="B", unit_scale=True, desc="encode", disable=None) as progress):   # None: on terminals
+        for batch in map_in_order(pool, encode, batch_texts(texts), ahead):
+            for split, part in batch.items():
+                writers[split].add(*part)
+                progress.update(part[2])
+    for writer in writers.values():
+        writer.flush(is_last=True)
+    return check_counts({split: writer.counts for split, writer in writers.items()}, val_fraction)
+
+
+def check_counts(counts: dict[str, dict[str, int]], val_fraction: float) -> dict[str, dict[str, int]]:
+    if not any(split["documents"] for split in counts.values()):
+        raise DataError("empty input: no document with text in it; give files that hold text")
+    for split, share in (("train", 1 - val_fraction), ("val", val_fraction)):
+        if share > 0 and not counts[split]["documents"]:
+            raise DataError(f"no document fell into the {split} split; give more documents "
+                            "or change --val-fraction")
+    return counts
+
+
+# --- command line
+
+def train_command(files: list[str], out: str, vocab_size: int) -> None:
+    train_tokenizer(read_texts(files), out, vocab_size)
+    log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(Path(out)), file=out)
+
+
+def encode_command(files: list[str], out: str, tokenizer: str, name: str, val_fraction: float,
+                   shard_tokens: int, workers: int | None) -> None:
+    pieces = len(load_tokenizer(tokenizer))
+    with building(out) as folder:
+        counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens,
+                                  workers)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_manifest(folder, {"name": name, "vocab_size": pieces, "splits": counts})
+    for split, fields in counts.items():
+        log("encode", split=split, **fields)
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="data.tokenizer", description="Train a tokenizer, or turn text into shards.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    train = commands.add_parser("train", help="train a tokenizer on text files")
+    train.add_argument("--vocab-size", type=positive, default=1024, help="number of pieces (1024)")
+    train.add_argument("--out", required=True, help="the tokenizer file to write")
+    encode = commands.add_parser("encode", help="turn text files into a dataset folder")
+    encode.add_argument("--tokenizer", required=True, help="a SentencePiece model with byte pieces")
+    encode.add_argument("--out", required=True, help="the dataset folder to write; must not exist")
+    encode.add_argument("--name", default="text", help="first part of the names of the shards (text)")
+    encode.add_argument("--val-fraction", type=fraction, default=0.05, help="share for validation (0.05)")
+    encode.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS, metavar="N",
+                        help=f"tokens per shard ({SHARD_TOKENS})")
+    encode.add_argument("--workers", type=positive, help="processes (one per core)")
+    for command in (train, encode):
+        command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst")
+    args = vars(parser.parse_args(argv))
+    program = {"train": train_command, "encode": encode_command}[args.pop("command")]
+    return run_program(lambda: program(**args), "data.tokenizer")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The shard format: what is written comes back, and every way in which a file can be broken is named.
+
+    python -m pytest tests/test_shards.py
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data import shards
+from data.shards import HEADER_BYTES, SHARD_MAGIC, DataError, find_shards, read_shard, write_shard
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "text_train_000000.bin"
+    write_shard(path, np.arange(1000))
+    return path
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=300),
+       dtype=st.sampled_from(["uint16", "int32", "int64", ">u2"]))
+def test_round_trip(tmp_path: Path, tokens: list[int], dtype: str) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, np.array(tokens, dtype=dtype))
+    assert read_shard(path).tolist() == tokens
+
+
+def test_layout_is_the_challenge_s(shard: Path) -> None:
+    content = shard.read_bytes()
+    assert len(content) == 256 * 4 + 1000 * 2
+    assert np.frombuffer(content, "<i4", 256).tolist() == [20240520, 1, 1000] + [0] * 253
+    assert content[1024:1030] == bytes([0, 0, 1, 0, 2, 0])
+
+
+def test_tokens_are_mapped_and_read_only(shard: Path) -> None:
+    tokens = read_shard(shard)
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
+    with pytest.raises(ValueError):
+        tokens[0] = 1
+
+
+def break_header(path: Path, word: int, value: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(4 * word)
+        file.write(np.array([value], "<i4").tobytes())
+
+
+@pytest.mark.parametrize(("harm", "fault"), [
+    (lambda path: path.write_bytes(b""), "zero-byte file"),
+    (lambda path: os.truncate(path, HEADER_BYTES - 1), "truncated header"),
+    (lambda path: os.truncate(path, 7), "truncated header"),
+    (lambda path: os.truncate(path, HEADER_BYTES), "truncated"),
+    (lambda path: os.truncate(path, HEADER_BYTES + 1999), "truncated"),
+    (lambda path: os.truncate(path, HEADER_BYTES + 2001), "trailing bytes"),
+    (lambda path: break_header(path, 0, 7), f"wrong magic 7, a shard starts with {SHARD_MAGIC}"),
+    (lambda path: break_header(path, 1, 2), "wrong version 2"),
+    (lambda path: break_header(path, 2, -5), "counts -5 tokens"),
+    (lambda path: (os.truncate(path, HEADER_BYTES), break_header(path, 2, 0)), "counts 0 tokens"),
+    (lambda path: path.unlink(), "no such shard"),
+])
+def test_each_corruption_is_named(shard: Path, harm: Callable[[Path], object], fault: str) -> None:
+    harm(shard)
+    with pytest.raises(DataError) as raised:
+        read_shard(shard)
+    message = str(raised.value)
+    assert message.startswith(f"{shard}: ") and fault in message and ";" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("position", [0, 57, 999])
+def test_token_range_is_checked_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           position: int) -> None:
+    monkeypatch.setattr(shards, "CHECK_TOKENS", 64)
+    tokens = np.full(1000, 7)
+    tokens[position] = 1024
+    write_shard(tmp_path / "a.bin", tokens)
+    assert read_shard(tmp_path / "a.bin", vocab_size=1025)[position] == 1024
+    with pytest.raises(DataError, match="token 1024 is outside the vocabulary of 1024"):
+        read_shard(tmp_path / "a.bin", vocab_size=1024)
+
+
+@pytest.mark.parametrize("tokens", [[-1, 2], [65536], [0.5, 1.0], [], [[1, 2]], ["a"], 5])
+def test_writing_refuses_what_is_no_row_of_uint16(tmp_path: Path, tokens: object) -> None:
+    with pytest.raises(DataError, match="a.bin"):
+        write_shard(tmp_path / "a.bin", np.array(tokens))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(shard: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  step: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(shard, np.arange(5))
+    monkeypatch.undo()
+    assert list(shard.parent.iterdir()) == [shard] and len(read_shard(shard)) == 1000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_full(path: Path, mode: str) -> object:
+        Path(path).touch()
+        return open("/dev/full", mode)
+    monkeypatch.setattr(shards, "open", open_full, raising=False)
+    with pytest.raises(OSError) as raised:
+        write_shard(tmp_path / "a.bin", np.arange(60_000))
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_find_shards_sorts_and_keeps_splits_apart(tmp_path: Path) -> None:
+    for name in ("t_train_000001.bin", "t_train_000000.bin", "t_val_000000.bin", ".t_train_000002.bin.9.tmp"):
+        (tmp_path / name).touch()
+    train, val = find_shards(tmp_path, "train"), find_shards(str(tmp_path), "val")
+    assert [path.name for path in train] == ["t_train_000000.bin", "t_train_000001.bin"]
+    assert [path.name for path in val] == ["t_val_000000.bin"]
+
+
+@pytest.mark.parametrize("name", ["absent", "."])
+def test_missing_data_names_the_folder_and_the_commands(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError) as raised:
+        find_shards(tmp_path / name, "train")
+    for part in (str(tmp_path / name), "python -m data.localtext", "python -m data.fineweb"):
+        assert part in str(raised.value)
