@@ -3,6 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN_ID ?= pocket-$(shell date +%Y%m%d-%H%M%S)
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+# threads that wait must not spin: with anything else on the machine a step would take ten times as long
+export OMP_WAIT_POLICY := passive
 
 .PHONY: run test clean
 

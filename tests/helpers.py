@@ -1,0 +1,77 @@
+"""What the tests share: a tiny config, the command line in a folder of its own, and log lines read back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import torch
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(
+    plan="abab", ttt_freeze="a", model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=8, seq_len=32, vocab_size=384,
+    bigram_buckets=64, bigram_dim=8, ve_dim=8, ve_passes="last2", batch_tokens=128, iterations=4, score_tokens=400,
+    stride=8, score_batch=4, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, ttt_lr=0.1, average="ema", average_start=0.5,
+    average_every=1, byte_limit=0, code_reserve=1000, score_mode="plain", also="none", compile="none", device="cpu",
+    dtype="float32", checkpoint_every_s=0.0, log_every=1,
+)  # fmt: skip
+
+
+def tiny_config(**changes) -> train_gpt.Config:
+    return train_gpt.Config(**(TINY | changes))
+
+
+def tiny_context(rank: int = 0, world: int = 1) -> train_gpt.RunContext:
+    return train_gpt.RunContext(rank, world, torch.device("cpu"), torch.float32, "none", train_gpt.Log(quiet=True))
+
+
+def tiny_model(config: train_gpt.Config, seed: int = 1) -> train_gpt.LoopedGPT:
+    """A model in which every parameter matters: fresh weights start many of them at zero."""
+    model = train_gpt.LoopedGPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def options(**settings) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def tiny_options(dataset: Path, **changes) -> list[str]:
+    return options(**(TINY | dict(data_path=dataset) | changes))
+
+
+def clean_environment(**extra) -> dict[str, str]:
+    """No rank, no setting and no thread count of the calling shell gets into a run."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    return kept | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | {k: str(v) for k, v in extra.items()}
+
+
+def run_cli(arguments: list[str], cwd: Path, ranks: int = 0, **environ) -> subprocess.CompletedProcess:
+    """`python train_gpt.py …` in `cwd`, so that it writes to cwd/runs; with `ranks` under torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launch, str(ROOT / "train_gpt.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=clean_environment(**environ), capture_output=True, text=True, timeout=120
+    )
+
+
+def parse_line(line: str) -> tuple[str, dict[str, str]]:
+    """`event key:value key:value …` read back; anything else raises."""
+    event, *pairs = line.split(" ")
+    split = [pair.split(":", 1) for pair in pairs]
+    assert event.isidentifier() and all(len(pair) == 2 and pair[0].isidentifier() and pair[1] for pair in split), line
+    return event, {key: unquote(value) for key, value in split}
+
+
+def parse_log(text: str) -> list[tuple[str, dict[str, str]]]:
+    return [parse_line(line) for line in text.splitlines() if not line.startswith("#")]
+
+
+def events(text: str, name: str) -> list[dict[str, str]]:
+    return [pairs for event, pairs in parse_log(text) if event == name]

@@ -1,0 +1,323 @@
+"""The artifact file: exact, deterministic, laid out as the format says, and every kind of damage is one ArtifactError.
+
+Damage that the digest would catch is sealed again first, so that the checks behind it are reached.
+CPU: pytest tests/test_artifact.py
+"""
+
+import copy
+import hashlib
+import json
+import os
+import struct
+
+import pytest
+import torch
+import zstandard
+from helpers import tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import (
+    ArtifactError,
+    LoopedGPT,
+    build_grids,
+    dequantize_tensor,
+    load_artifact,
+    load_weights,
+    pack_artifact,
+    quantize_tensor,
+    unpack_artifact,
+    write_atomic,
+)
+
+TOKENIZER = dict(sha256="0" * 64, vocab=384)
+CONFIG = tiny_config(matrix_k=8.0, plan="a(^b)*2")
+
+
+@pytest.fixture(scope="module")
+def model() -> LoopedGPT:
+    return tiny_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def content(model) -> bytes:
+    return pack_artifact(CONFIG, model.state_dict(), build_grids(CONFIG, model), TOKENIZER)
+
+
+def split(content: bytes) -> tuple[dict, list[bytes]]:
+    """Header and streams, by the format's description alone."""
+    (length,) = struct.unpack("<I", content[12:16])
+    header, at, streams = json.loads(content[16 : 16 + length]), 16 + length, []
+    for stream in header["streams"]:
+        streams.append(content[at : at + stream["bytes"]])
+        at += stream["bytes"]
+    assert at + 32 == len(content)
+    return header, streams
+
+
+def seal(header: dict | bytes, streams: list[bytes]) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = b"LOOPGOLF" + struct.pack("<II", 1, len(raw)) + raw + b"".join(streams)
+    return body + hashlib.sha256(body).digest()
+
+
+def reseal(content: bytes, change) -> bytes:
+    """The artifact with its header changed by `change(header)` and a digest that fits."""
+    header, streams = split(content)
+    header = copy.deepcopy(header)
+    return seal(change(header) or header, streams)
+
+
+def repack(content: bytes, index: int, change) -> bytes:
+    """The artifact with the raw bytes of one stream changed."""
+    header, streams = split(content)
+    raw = bytearray(zstandard.ZstdDecompressor().decompress(streams[index]))
+    changed = change(raw)
+    streams[index] = zstandard.ZstdCompressor().compress(bytes(raw if changed is None else changed))
+    header["streams"][index]["bytes"] = len(streams[index])
+    return seal(header, streams)
+
+
+def refuse(content: bytes) -> str:
+    with pytest.raises(ArtifactError) as error:
+        unpack_artifact(content)
+    assert str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1500
+    return str(error.value)
+
+
+def test_tensors_come_back_exactly(model, content):
+    artifact, found = unpack_artifact(content), build_grids(CONFIG, model)
+    assert artifact.stored == CONFIG.stored() and artifact.tokenizer == TOKENIZER
+    assert artifact.size == len(content) and artifact.sha256 == hashlib.sha256(content).hexdigest()
+    assert list(artifact.tensors) == [n for n, _ in model.named_parameters()]
+    for name, p in model.state_dict().items():
+        grid = found[name]
+        expected = p.half() if grid is None else dequantize_tensor(*quantize_tensor(p, grid))
+        assert torch.equal(artifact.tensors[name], expected), name
+    load_weights(LoopedGPT(train_gpt.config_from_stored(artifact.stored)), artifact.tensors)
+
+
+def test_the_same_weights_give_the_same_bytes(model, content):
+    again = pack_artifact(CONFIG, model.state_dict(), build_grids(CONFIG, model), TOKENIZER)
+    assert again == content
+
+
+def test_layout(model, content):
+    header, streams = split(content)
+    assert content[:8] == b"LOOPGOLF" and struct.unpack("<I", content[8:12]) == (1,)
+    assert content[-32:] == hashlib.sha256(content[:-32]).digest()
+    assert set(header) == {"config", "tokenizer", "tensors", "streams"} and header["tokenizer"] == TOKENIZER
+    fields = {"name", "shape", "bits", "scheme", "stream", "offset", "bytes"}
+    raws = [zstandard.ZstdDecompressor().decompress(s) for s in streams]
+    ends = [0] * len(raws)
+    for entry in header["tensors"]:
+        assert set(entry) == fields and entry["offset"] == ends[entry["stream"]]
+        ends[entry["stream"]] += entry["bytes"]
+    assert ends == [len(raw) for raw in raws] == [s["raw_bytes"] for s in header["streams"]]
+    assert not {"seed", "run_id", "data_path"} & set(header["config"])
+
+
+def test_the_header_is_in_the_order_of_the_model_whatever_the_order_of_the_weights(model, content):
+    shuffled = dict(reversed(model.state_dict().items()))
+    assert pack_artifact(CONFIG, shuffled, build_grids(CONFIG, model), TOKENIZER) == content
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 15, 16, 40, 47, 48, 500, -1, -33])
+def test_truncated(content, size):
+    refuse(content[:size])
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"LOOPGOLF", b"x" * 1000])
+def test_extended(content, extra):
+    refuse(content + extra)
+    refuse(extra + content)
+
+
+@given(data=st.data())
+def test_any_flipped_bit(content, data):
+    at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    damaged = bytearray(content)
+    damaged[at] ^= 1 << bit
+    refuse(bytes(damaged))
+
+
+@given(data=st.binary(max_size=200))
+def test_any_other_file(data):
+    refuse(data)
+    refuse(seal(data, []))
+
+
+def test_wrong_version_and_header_length(content):
+    for at, value, word in [(8, 2, "version"), (8, 0, "version"), (12, 1 << 31, "header"), (12, len(content), "header")]:
+        damaged = content[:at] + struct.pack("<I", value) + content[at + 4 : -32]
+        assert word in refuse(damaged + hashlib.sha256(damaged).digest())
+    for value in (0, 10):
+        damaged = content[:12] + struct.pack("<I", value) + content[16:-32]
+        refuse(damaged + hashlib.sha256(damaged).digest())
+
+
+def edit(path: str, value):
+    """A change of one place of the header, like config.plan or tensors.0.bits."""
+
+    def change(header):
+        *parents, last = path.split(".")
+        for key in parents:
+            header = header[int(key) if isinstance(header, list) else key]
+        header[int(last) if isinstance(header, list) else last] = value
+
+    return change
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize("path, value", [
+    ("config.model_dim", 64), ("config.model_dim", "32"), ("config.model_dim", 32.0), ("config.model_dim", True),
+    ("config.model_dim", None), ("config.model_dim", HUGE), ("config.model_dim", -32), ("config.vocab_size", 65536),
+    ("config.plan", "ab"), ("config.plan", "a(^b"), ("config.plan", 3), ("config.plan", "(" * 900), ("config.plan", ""),
+    ("config.depth", 0), ("config.smear", 1), ("config.smear", "yes"), ("config.smear", False), ("config.seed", 1),
+    ("config.softcap", "30"), ("config.softcap", 0), ("config.softcap", HUGE), ("config.mlp_mult", 2.5),
+    ("config.score_mode", "best"), ("config.seq_len", 0), ("config.stride", 0), ("config.num_heads", 0),
+    ("config.num_kv_heads", 3), ("config.rope_dims", 3), ("config.ttt_freeze", "z"), ("config.xsa_passes", "9"),
+    ("config.bigram_buckets", 1 << 24), ("config", {}), ("config", []), ("config", None), ("config", "x"),
+    ("tokenizer", {}), ("tokenizer", []), ("tokenizer", None), ("tokenizer.extra", 1),
+    ("tensors", []), ("tensors", {}), ("tensors", None), ("tensors", [1]), ("tensors", [{}]), ("tensors.0.shape", [1]),
+    ("tensors.0.shape", [HUGE]), ("tensors.0.name", "other"), ("tensors.0.name", []), ("tensors.0.bits", 99),
+    ("tensors.0.bits", "16"), ("tensors.0.offset", 4), ("tensors.0.offset", -4), ("tensors.0.bytes", HUGE),
+    ("tensors.0.stream", 0), ("tensors.0.stream", 7), ("tensors.0.scheme", "pickle"), ("tensors.0.extra", 1),
+    ("streams", []), ("streams", {}), ("streams", None), ("streams.0", 5), ("streams.0.codec", "gzip"),
+    ("streams.0.codec", None), ("streams.0.codec", ["zstd"]), ("streams.0.bytes", -1), ("streams.0.bytes", 10),
+    ("streams.0.bytes", 1.5), ("streams.0.bytes", "9"), ("streams.0.bytes", None), ("streams.0.raw_bytes", 1 << 40),
+    ("streams.0.raw_bytes", "9"), ("streams.1.raw_bytes", 0), ("streams.1.bytes", True),
+])  # fmt: skip
+def test_a_header_with_one_wrong_value(content, path, value):
+    refuse(reseal(content, edit(path, value)))
+
+
+def test_missing_and_extra_parts(content):
+    for key in ("config", "tokenizer", "tensors", "streams"):
+        refuse(reseal(content, lambda h, key=key: h.pop(key) and None))
+    refuse(reseal(content, lambda h: h["config"].pop("plan") and None))
+    refuse(reseal(content, lambda h: h["tensors"].pop() and None))
+    refuse(reseal(content, lambda h: h["tensors"].append(h["tensors"][0])))
+    refuse(reseal(content, lambda h: h["tensors"].reverse()))
+    refuse(reseal(content, lambda h: h["streams"].append(dict(codec="zstd", bytes=0, raw_bytes=0))))
+    refuse(reseal(content, lambda h: h["tensors"].append(dict(h["tensors"][0], name="extra"))))
+
+
+def test_bits_that_are_not_the_ones_of_the_codes(content):
+    def narrow(header):
+        entry = next(e for e in header["tensors"] if e["name"] == "blocks.a.up.weight")
+        entry["bits"] = 3
+
+    assert "blocks.a.up.weight" in refuse(reseal(content, narrow))
+    for bits in (0, 1, 9, -6, 10**20):
+        def change(header, bits=bits):
+            next(e for e in header["tensors"] if e["name"] == "blocks.a.up.weight")["bits"] = bits
+
+        refuse(reseal(content, change))
+
+
+def test_codes_beyond_their_bits(content):
+    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == "blocks.b.down.weight")
+    for code in (-32, 32, -128, 127):
+        change = lambda raw, code=code: raw.__setitem__(entry["offset"] + 3, code % 256)
+        assert "blocks.b.down.weight" in refuse(repack(content, entry["stream"], change))
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00])
+@pytest.mark.parametrize("name", ["blocks.a.up.weight.step", "mixes"])
+def test_values_that_are_not_finite(content, name, bits):
+    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == name)
+
+    def change(raw):
+        raw[entry["offset"] : entry["offset"] + 2] = struct.pack("<H", bits)
+
+    assert name in refuse(repack(content, entry["stream"], change))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_streams_that_do_not_decode_to_their_size(content, index):
+    refuse(repack(content, index, lambda raw: raw[:-1]))
+    refuse(repack(content, index, lambda raw: raw + b"\0"))
+    refuse(repack(content, index, lambda raw: bytes(1 << 26)))  # small packed, large unpacked
+    header, streams = split(content)
+    n_raw, n_packed = header["streams"][index]["raw_bytes"], header["streams"][index]["bytes"]
+    for packed in (bytes(n_packed), b"\x28\xb5\x2f\xfd" + bytes(n_packed - 4), streams[index][: n_packed // 2]):
+        header["streams"][index]["bytes"] = len(packed)
+        refuse(seal(header, [packed if i == index else s for i, s in enumerate(streams)]))
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(n_raw))
+    header["streams"][index]["bytes"] = len(unsized)
+    refuse(seal(header, [unsized if i == index else s for i, s in enumerate(streams)]))
+
+
+def test_a_bomb_that_lies_about_its_size(content):
+    """A frame that promises the right size and holds a thousand times as much."""
+    header, streams = split(content)
+    n_raw = header["streams"][0]["raw_bytes"]
+    honest = zstandard.ZstdCompressor().compress(bytes(n_raw))
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(n_raw << 10))
+    head = zstandard.get_frame_parameters(honest)
+    assert head.content_size == n_raw
+    size = len(honest) and zstandard.frame_header_size(honest)
+    forged = honest[:size] + bomb[zstandard.frame_header_size(bomb) :]
+    header["streams"][0]["bytes"] = len(forged)
+    refuse(seal(header, [forged, streams[1]]))
+
+
+@pytest.mark.parametrize("raw", [
+    b"[" * 100_000, b'{"config":' * 50_000, b"\xff\xfe", b"null", b"3", b"[]", b"", b"{", b'{"config":NaN}',
+    b'{"config":' + b"9" * 10_000 + b"}", b'{"a":1}' * 2,
+])  # fmt: skip
+def test_headers_that_are_not_ours(content, raw):
+    refuse(seal(raw, split(content)[1]))
+
+
+@given(data=st.data())
+def test_random_changes_to_the_header_never_crash(content, data):
+    """Any value of the header replaced by any small piece of JSON: loads exactly as before or is refused."""
+    header = copy.deepcopy(split(content)[0])
+    at, key = header, data.draw(st.sampled_from(sorted(header)))
+    while isinstance(at[key], dict | list) and at[key] and data.draw(st.booleans()):
+        at = at[key]
+        key = data.draw(st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    at[key] = data.draw(leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2))
+    try:
+        unpack_artifact(seal(header, split(content)[1]))
+    except ArtifactError:
+        pass
+
+
+def test_errors_name_the_file(content, tmp_path):
+    path = tmp_path / "broken.lg"
+    path.write_bytes(content[:100])
+    for place in (path, tmp_path / "absent.lg", tmp_path):
+        with pytest.raises(ArtifactError, match=str(place)):
+            load_artifact(place)
+    path.write_bytes(content)
+    assert load_artifact(path).size == load_artifact(str(path)).size == len(content)
+
+
+def test_the_file_is_checked_before_a_model_is_built(content, monkeypatch):
+    """A stored config of 100 GB, in a file whose streams are small, is refused without memory for its tensors."""
+    def enlarge(header):
+        header["config"] |= dict(model_dim=65536, vocab_size=65536)
+
+    real = torch.frombuffer
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: pytest.fail("a tensor was made") or real(*a, **k))
+    refuse(reseal(content, enlarge))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "artifact.lg"
+    write_atomic(path, b"old")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError):
+                write_atomic(path, b"new")
+        assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["artifact.lg"]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,302 @@
+"""The model against a second implementation of its equations, written here in loops over positions and heads.
+
+Also asserts parameter counts, causality bit by bit, that nothing crosses a document boundary in the embedding, what
+exclusive self attention excludes, that a cached stream equals one forward, and fresh weights.
+float32 on a CPU: pytest tests/test_model.py
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_model
+from torch import Tensor
+
+from train_gpt import RECIPES, Cache, Config, LoopedGPT, softcap_logits
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def embed_one_by_one(model: LoopedGPT, tokens: list[int]) -> Tensor:
+    config, w = model.config, dict(model.named_parameters())
+    stream = [config.bos_id, config.bos_id, *tokens]
+    rows = []
+    for before, token in itertools.pairwise(stream):
+        row = w["embed.weight"][token]
+        if config.bigram_buckets:
+            before = config.bos_id if token == config.bos_id else before
+            bucket = (92821 * before + token) % config.bigram_buckets
+            row = row + w["bigram_out.weight"] @ w["bigram.weight"][bucket]
+        rows.append(norm(row))
+    if not config.smear:
+        return torch.stack(rows[1:])
+    gate = torch.sigmoid(w["smear_gate"])
+    mixed = [
+        (1 - gate) * row + gate * (torch.zeros_like(row) if token == config.bos_id else before)
+        for before, row, token in zip(rows, rows[1:], tokens)
+    ]
+    return torch.stack(mixed)
+
+
+def rotate_one(x: Tensor, position: int, config: Config) -> Tensor:
+    half, x = config.rope_dims // 2, x.clone()
+    for i in range(half):
+        angle = position * config.rope_base ** (-i / half)
+        a, b = x[i].clone(), x[i + half].clone()
+        x[i], x[i + half] = a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)
+    return x
+
+
+def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | None, is_xsa: bool) -> Tensor:
+    config, block = model.config, model.blocks[letter]
+    K, H, J = config.head_dim, config.num_heads, config.num_kv_heads
+    qkv = x @ block.qkv.weight.T
+    q, k, v = qkv[:, : H * K], qkv[:, H * K : (H + J) * K], qkv[:, (H + J) * K :]
+    v = v if value is None else v + value
+    out = torch.zeros(len(x), H * K)
+    for h in range(H):
+        j, mine = h // (H // J), slice(h * K, h * K + K)
+        theirs = slice(j * K, j * K + K)
+        keys = [rotate_one(norm(row), t, config) for t, row in enumerate(k[:, theirs])]
+        for t in range(len(x)):
+            query = rotate_one(norm(q[t, mine]), t, config) * block.q_gain[h]
+            chances = torch.stack([query @ key / math.sqrt(K) for key in keys[: t + 1]]).softmax(0)
+            y = sum(chance * row for chance, row in zip(chances, v[: t + 1, theirs]))
+            own = v[t, theirs] / v[t, theirs].norm()
+            out[t, mine] = y - (y @ own) * own if is_xsa else y
+    return out @ block.out.weight.T
+
+
+@torch.no_grad()
+def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
+    """(T,) tokens to (T, D) states: the passes written out, with the table rows that the plan names."""
+    config, w = model.config, dict(model.named_parameters())
+    passes = model.plan.passes(depth, config.depth)
+    x = x0 = embed_one_by_one(model, tokens.tolist())
+    value_rows = {"none": [], "all": list(range(len(config.passes)))}.get(config.ve_passes)
+    if value_rows is None:
+        value_rows = list(range(len(config.passes)))[-int(config.ve_passes.removeprefix("last")) :]
+    entered, pushed, half = {}, [], len(passes) // 2 if config.skips == "unet" else 0
+    for index, p in enumerate(passes):
+        for group in p.enter:
+            entered[group] = x
+        for group in p.inject:
+            x = torch.cat((entered[group], x), -1) @ w[f"inject.{group}.weight"].T
+        if half <= index < 2 * half:
+            x = x + w["skips"][len(pushed) - 1] * pushed.pop()
+        letter, mix, scale = model.plan.names[p.block], w["mixes"][p.slot], w["scales"][p.slot]
+        value = None
+        if p.slot in value_rows:
+            table = w["value.weight"][tokens] @ w["value_out.weight"].T
+            value = w["value_scales"][value_rows.index(p.slot)] * table
+        is_xsa = config.xsa_passes == "all" or str(p.slot) in config.xsa_passes.split(",")
+        x = mix[0] * x + mix[1] * x0
+        x = x + scale[0] * attend_one_by_one(model, letter, norm(x), value, is_xsa)
+        hidden = (norm(x) @ model.blocks[letter].up.weight.T).clamp(min=0).square()
+        x = x + scale[1] * (hidden @ model.blocks[letter].down.weight.T)
+        if p.norm:
+            x = norm(x)
+        if index < half:
+            pushed.append(x)
+    return norm(x)
+
+
+def draw_tokens(config: Config, count: int, seed: int = 0) -> Tensor:
+    """Random tokens with a few document starts among them."""
+    tokens = torch.randint(4, config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+    tokens[count // 3] = tokens[count // 2] = config.bos_id
+    return tokens
+
+
+BARE = dict(skips="none", smear=False, bigram_buckets=0, ve_passes="none", xsa_passes="none")
+
+
+@pytest.mark.parametrize(
+    "changes, depth",
+    [
+        (dict(plan="abcd", ttt_freeze="", **BARE), 1),
+        (dict(plan="abcde", ttt_freeze=""), 1),
+        (dict(plan="abab", num_heads=4, rope_dims=4, xsa_passes="1,3", ve_passes="all"), 1),
+        (dict(plan="ab", num_kv_heads=2, rope_dims=16), 1),
+        (dict(plan="ab", rope_dims=0, skips="none"), 1),
+        (dict(plan="a(^bc~)*rd", skips="none", depth=2), 2),
+        (dict(plan="a(^bc~~)*rd", skips="none", depth=2), 4),
+        (dict(plan="a(^bc~)*rd", skips="none", depth=2), 0),
+        (dict(plan="(^a(^b)*2~)*2"), 1),
+    ],
+)
+def test_states_are_those_of_the_equations(changes, depth):
+    config = tiny_config(**changes)
+    model, tokens = tiny_model(config), draw_tokens(config, 14)
+    with torch.no_grad():
+        found = model(tokens[None], depth)[0]
+    torch.testing.assert_close(found, states_one_by_one(model, tokens, depth), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("depth, rows", [(1, [0, 1, 4]), (2, [0, 1, 2, 4]), (3, [0, 1, 2, 3, 4]),
+                                         (5, [0, 1, 2, 3, 3, 3, 4]), (0, [0, 1, 4])])  # fmt: skip
+def test_depth_r_is_the_plan_written_out(depth, rows):
+    config = tiny_config(plan="a(b)*rc", depth=3, skips="none", ve_passes="none")
+    model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
+    plain = LoopedGPT(tiny_config(plan="a" + "b" * max(depth, 1) + "c", skips="none", ve_passes="none"))
+    weights = {n: p[rows] if n in ("mixes", "scales") else p for n, p in model.state_dict().items()}
+    plain.load_state_dict(weights)
+    assert torch.equal(model(tokens, depth), plain(tokens))
+
+
+def test_the_depth_is_the_configs_unless_said():
+    config = tiny_config(plan="a(b)*rc", depth=3, skips="none")
+    model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
+    assert torch.equal(model(tokens), model(tokens, 3)) and not torch.equal(model(tokens), model(tokens, 2))
+
+
+def test_4b7l_has_the_parameters_of_the_entry_it_started_from():
+    with torch.device("meta"):
+        model = LoopedGPT(Config(**RECIPES["4b7l"]))
+    assert sum(p.numel() for p in model.parameters()) == 29_950_082
+
+
+def test_shared_weights_are_counted_once():
+    def count(plan: str) -> int:
+        model = LoopedGPT(tiny_config(plan=plan, skips="none", ve_passes="none"))
+        return sum(p.numel() for p in model.parameters())
+
+    per_pass = 4 * 32
+    assert count("ababab") - count("ab") == count("(ab)*3") - count("ab") == 4 * per_pass
+    block = 32 * (32 + 16 + 16) + 32 * 32 + 2 * 32 * 64 + 2
+    assert count("abc") - count("ab") == block + per_pass
+
+
+@pytest.mark.parametrize("length", [24, 200])
+def test_a_token_changes_nothing_before_it(length):
+    config = tiny_config(seq_len=256, batch_tokens=256)
+    model, tokens = tiny_model(config), draw_tokens(config, length)
+    with torch.no_grad():
+        before = model(tokens[None])[0]
+        for t in (0, 1, length // 2, length - 1):
+            changed = tokens.clone()
+            changed[t] = 5 + tokens[t] % 7
+            after = model(changed[None])[0]
+            assert torch.equal(after[:t], before[:t])
+            assert not torch.equal(after[t], before[t]) and not torch.equal(after[-1], before[-1])
+
+
+@torch.no_grad()
+def test_the_embedding_does_not_look_across_a_document_start():
+    config = tiny_config()
+    model = tiny_model(config)
+    ours, theirs = torch.tensor([[7, 8, 9, 1, 20, 21, 22]]), torch.tensor([[30, 31, 32, 1, 20, 21, 22]])
+    before = torch.tensor([[40, 41]])
+    a, b = model.embed_tokens(ours, before), model.embed_tokens(theirs, before + 5)
+    assert torch.equal(a[:, 3:], b[:, 3:]) and not torch.equal(a[:, 2], b[:, 2])
+    start = torch.tensor([[1, 20, 21]])
+    assert torch.equal(model.embed_tokens(start, before), model.embed_tokens(start, torch.tensor([[99, 98]])))
+    assert torch.equal(model.embed_tokens(start, before), a[:, 3:6])
+    inside = torch.tensor([[20, 21]])
+    far, near = model.embed_tokens(inside, torch.tensor([[50, 41]])), model.embed_tokens(inside, before + 1)
+    same = model.embed_tokens(inside, before)
+    assert not torch.equal(same[:, 0], near[:, 0])
+    assert torch.equal(same[:, 1], far[:, 1]), "two tokens back reach the first position only"
+
+
+@torch.no_grad()
+def test_exclusive_attention_leaves_nothing_along_the_own_value():
+    config = tiny_config(num_heads=4, rope_dims=4, num_kv_heads=2)
+    model, x = tiny_model(config), torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3))
+    value = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(4))
+    rotary = model.rotary(11, x.device, x.dtype)
+
+    def along_own(is_xsa: bool) -> float:
+        y, kept = model.blocks["a"].attention(x, value, rotary, is_xsa, None, 32, True)
+        own = torch.nn.functional.normalize(kept[1], dim=-1).repeat_interleave(2, dim=2)
+        return (y.view(2, 11, 4, 8) * own).sum(-1).abs().max().item()
+
+    assert along_own(True) < 1e-5 < 0.1 < along_own(False)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 30, [7, 1, 13, 9], [29, 1], [30]])
+@pytest.mark.parametrize("changes", [{}, dict(plan="a(^bc~)*rd", skips="none", depth=2)])
+@torch.no_grad()
+def test_a_cached_stream_equals_one_forward(pieces, changes):
+    config = tiny_config(**changes)
+    model, tokens = tiny_model(config), draw_tokens(config, 30)[None]
+    cache = Cache(config.seq_len)
+    found = torch.cat([model(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
+    torch.testing.assert_close(found, model(tokens), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_long_stream_in_pieces_equals_the_stream_at_once():
+    config = tiny_config()
+    model, tokens = tiny_model(config), torch.stack([draw_tokens(config, 40, 1), draw_tokens(config, 40, 2)])
+    at_once, cache = model(tokens, None, Cache(8)), Cache(8)
+    found = torch.cat([model(piece, None, cache) for piece in tokens.split([3, 20, 1, 16], 1)], 1)
+    torch.testing.assert_close(found, at_once, atol=1e-5, rtol=0)
+    assert cache.length == 7
+
+
+@pytest.mark.parametrize("window", [4, 8])
+@torch.no_grad()
+def test_one_pass_sees_its_window_and_nothing_beyond(window):
+    config = tiny_config(plan="a", skips="none", smear=False, bigram_buckets=0, ve_passes="none")
+    model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
+    changed = tokens.clone()
+    changed[0, 5] = 3
+    a, b = model(tokens, None, Cache(window))[0], model(changed, None, Cache(window))[0]
+    differs = [t for t in range(20) if not torch.equal(a[t], b[t])]
+    assert differs == list(range(5, 5 + window))
+
+
+@torch.no_grad()
+def test_logits_are_capped_and_the_loss_is_their_cross_entropy():
+    config = tiny_config(softcap=3.0)
+    model, tokens = tiny_model(config), draw_tokens(config, 21)
+    x = model(tokens[None, :-1])
+    logits = model.logits(x)
+    assert logits.dtype == torch.float32 and logits.abs().max() <= 3.0
+    raw = x[0] @ model.embed.weight.T
+    torch.testing.assert_close(logits[0], 3.0 * torch.tanh(raw / 3.0), atol=1e-5, rtol=0)
+    assert torch.equal(logits, softcap_logits(x, model.embed.weight, 3.0))
+    expected = -logits[0].log_softmax(-1)[range(20), tokens[1:]].mean()
+    torch.testing.assert_close(model.loss(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
+
+
+VARIANTS = [{}, dict(plan="a(^bc~)*rd", skips="none"), dict(plan="(ab~)*2", ve_passes="none", bigram_buckets=0)]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_fresh_weights_cover_every_parameter_and_follow_the_seed(changes):
+    def fresh(seed: int, before: float) -> dict[str, Tensor]:
+        model = LoopedGPT(tiny_config(**changes))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(before)
+        torch.manual_seed(int(abs(before)) if math.isfinite(before) else 0)
+        model.init_weights(seed)
+        return model.state_dict()
+
+    one, same, other = fresh(1, math.nan), fresh(1, 123.0), fresh(2, math.nan)
+    assert all(p.isfinite().all() for p in one.values())
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    drawn = [n for n in one if n.endswith(("embed.weight", "qkv.weight", "up.weight"))]
+    assert len(drawn) > 2 and all(not torch.equal(one[n], other[n]) for n in drawn)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_every_parameter_gets_a_gradient(changes):
+    config = tiny_config(**changes)
+    model, tokens = tiny_model(config), draw_tokens(config, 32)[None]
+    model.loss(tokens, tokens.roll(-1, 1)).backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not idle
+
+
+def test_kinds_of_parameters():
+    model = LoopedGPT(tiny_config(plan="a(^b)*2"))
+    kinds = {n: model.kind(n) for n, _ in model.named_parameters()}
+    assert {n for n, k in kinds.items() if k == "table"} == {"embed.weight", "bigram.weight", "value.weight"}
+    vectors = {"mixes", "scales", "skips", "smear_gate", "value_scales", "blocks.a.q_gain", "blocks.b.q_gain"}
+    assert {n for n, k in kinds.items() if k == "vector"} == vectors

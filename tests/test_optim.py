@@ -1,0 +1,237 @@
+"""Optimizers: every parameter in exactly one, decay where it belongs, Newton-Schulz against the singular values of a
+full decomposition, clipping, a gradient that is not finite, averages, accumulation, and a warm-up without a trace.
+
+float32 on a CPU: pytest tests/test_optim.py
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_context, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import Latents, Optimizers, Settings, WeightAverage, orthogonalize, train_step, warm_up
+
+FULL = Settings(lr_scale=1.0, momentum=0.9, depth=1)
+
+
+def build(**changes):
+    config = tiny_config(**changes)
+    model = tiny_model(config)
+    latents = Latents(model)
+    return config, model, latents, Optimizers(model, latents, config, tiny_context())
+
+
+def draw_batch(config, rows: int = 4):
+    tokens = torch.randint(config.vocab_size, (rows, config.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def copies(latents: Latents) -> dict[str, torch.Tensor]:
+    return {n: w.detach().clone() for n, w in latents.weights.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, dict(plan="a(^bc~)*rd", skips="none"), dict(ve_passes="none", smear=False)])
+def test_every_parameter_is_in_exactly_one_optimizer(changes):
+    _, model, latents, optim = build(**changes)
+    assert set(latents.weights) == {n for n, _ in model.named_parameters()}
+    groups = [*optim.muon.param_groups, *optim.adam.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(w) for w in latents.weights.values())
+    muon = {id(p) for p in optim.muon.param_groups[0]["params"]}
+    assert {n for n, w in latents.weights.items() if id(w) in muon} == set(held_names(model, "matrix"))
+
+
+def held_names(model, kind: str) -> list[str]:
+    return [n for n, _ in model.named_parameters() if model.kind(n) == kind]
+
+
+def test_without_a_gradient_matrices_and_tables_shrink_and_vectors_stay():
+    _config, model, latents, optim = build(weight_decay=0.5, matrix_lr=0.1, table_lr=0.2, vector_lr=0.3)
+    before = copies(latents)
+    optim.step(FULL)
+    shrink = {"matrix": 1 - 0.1 * 0.5, "table": 1 - 0.2 * 0.5, "vector": 1.0}
+    for name, weight in latents.weights.items():
+        torch.testing.assert_close(weight.detach(), before[name] * shrink[model.kind(name)], rtol=1e-6, atol=0)
+        if model.kind(name) == "vector":
+            assert torch.equal(weight, before[name]), name
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    config, model, latents, optim = build()
+    before = copies(latents)
+    train_step(model, optim, draw_batch(config), Settings(0.0, 0.9, 1), config, tiny_context())
+    assert all(torch.equal(w, before[n]) for n, w in latents.weights.items())
+
+
+def draw_matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Random directions, singular values spread evenly from 0.1 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    n = min(rows, columns)
+    u = torch.linalg.qr(torch.randn(rows, n, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(columns, n, generator=generator))[0]
+    return u @ torch.diag(torch.linspace(0.1, 1.0, n)) @ v.T
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 16), (16, 64), (32, 32), (1, 8), (8, 1)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_orthogonalized_updates_have_singular_values_near_one(rows, columns, scale):
+    batch = torch.stack([draw_matrix(rows, columns, seed) for seed in range(3)]) * scale
+    found = orthogonalize(batch, torch.float32)
+    values = torch.linalg.svdvals(found)
+    assert found.shape == batch.shape and values.min() > 0.6 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(batch, full_matrices=False)
+    alike = (found * (u @ v)).sum((1, 2)) / found.norm(dim=(1, 2)) / math.sqrt(min(rows, columns))
+    assert alike.min() > 0.97, "the directions are those of the nearest orthogonal matrix"
+    for one, row in zip(batch, found):
+        torch.testing.assert_close(orthogonalize(one[None], torch.float32)[0], row, rtol=0, atol=1e-4)
+
+
+def test_fused_projections_are_orthogonalized_each_for_itself():
+    _config, model, latents, optim = build(weight_decay=0.0, matrix_lr=0.1)
+    name = "blocks.a.qkv.weight"
+    weight, before = latents.weights[name], copies(latents)[name]
+    parts = model.get_submodule("blocks.a.qkv").parts
+    grads = [draw_matrix(rows, 32, seed) * 10.0**seed for seed, rows in enumerate(parts)]
+    weight.grad.copy_(torch.cat(grads))
+    optim.step(FULL)
+    for rows, change in zip(parts, (before - weight.detach()).split(parts)):
+        values = torch.linalg.svdvals(change) / 0.1 / max(1, rows / 32) ** 0.5
+        assert len(parts) == 3 and values.min() > 0.6 and values.max() < 1.3
+
+
+def test_momentum_remembers_the_gradient():
+    _config, _, latents, optim = build(weight_decay=0.0)
+    name = "blocks.a.up.weight"
+    for grad in (1.0, 2.0):
+        latents.weights[name].grad.fill_(grad)
+        optim.step(FULL)
+    assert torch.allclose(optim.muon.state[latents.weights[name]]["momentum"], torch.tensor(0.9 * 1.0 + 2.0))
+    assert not latents.flat_grad.any(), "a step leaves the gradient at zero"
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0, 1e6])
+def test_gradients_are_scaled_and_clipped_as_one(clip):
+    _, _, latents, _ = build()
+    raw = torch.randn(latents.flat_grad.shape, generator=torch.Generator().manual_seed(0))
+    latents.flat_grad.copy_(raw)
+    latents.reduce(tiny_context(), 0.25, clip)
+    expected = raw * 0.25
+    if clip == 0.5:
+        expected *= 0.5 / expected.norm()
+    torch.testing.assert_close(latents.flat_grad, expected, rtol=1e-4, atol=1e-7)
+    some = latents.weights["blocks.b.down.weight"]
+    assert some.grad.data_ptr() != 0 and some.grad.norm() > 0, "the weights' gradients are views of it"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_leaves_finite_weights(bad):
+    _, model, latents, optim = build()
+    latents.flat_grad.fill_(1.0)
+    latents.flat_grad[17] = bad
+    latents.reduce(tiny_context(), 1.0, 1.0)
+    assert not latents.flat_grad.any()
+    optim.step(FULL)
+    assert all(w.isfinite().all() for w in [*latents.weights.values(), *model.state_dict().values()])
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.integers(1, 3), st.floats(0, 0.9))
+def test_averages(values, every, start):
+    steps = [(i, (i + 1) / len(values), torch.tensor([v, -v])) for i, v in enumerate(values)]
+    chosen = [w for i, progress, w in steps if progress >= start and i % every == 0]
+    last = {"w": steps[-1][2]}
+    for kind in ("swa", "ema", "none"):
+        average = WeightAverage(tiny_config(average=kind, average_start=start, average_every=every, ema_decay=0.75))
+        for i, progress, w in steps:
+            average.update({"w": w}, i, progress)
+        expected = last["w"]
+        if chosen and kind == "swa":
+            expected = torch.stack(chosen).mean(0)
+        elif chosen and kind == "ema":
+            expected = chosen[0]
+            for w in chosen[1:]:
+                expected = 0.75 * expected + 0.25 * w
+        torch.testing.assert_close(average.result(last)["w"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_average_keeps_its_own_copy():
+    average, weight = WeightAverage(tiny_config(average="swa", average_start=0.0)), torch.ones(2)
+    average.update({"w": weight}, 0, 1.0)
+    weight.zero_()
+    assert average.result({"w": weight})["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(micro_batch, monkeypatch):
+    found = {}
+    for size in (0, micro_batch):
+        config, model, latents, optim = build(micro_batch=size, grad_clip=0.0)
+        grads = found.setdefault(size, [])
+        monkeypatch.setattr(optim, "step", lambda settings, g=grads, lat=latents: g.append(lat.flat_grad.clone()))
+        loss = train_step(model, optim, draw_batch(config), FULL, config, tiny_context())
+        grads.append(loss)
+    (whole, loss), (summed, other) = found[0], found[micro_batch]
+    torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
+
+
+def test_a_step_against_plain_autograd():
+    """The gradient that reaches the latents is the one of the mean loss at the working weights."""
+    config, model, latents, optim = build(grad_clip=0.0)
+    reference = copy.deepcopy(model)
+    inputs, targets = draw_batch(config)
+    reference.loss(inputs, targets, 1).backward()
+    optim.step = lambda settings: None
+    train_step(model, optim, (inputs, targets), FULL, config, tiny_context())
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(latents.weights[name].grad, p.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_state_and_load_continue_where_they_were():
+    config, model, _, optim = build()
+    batch, ctx = draw_batch(config), tiny_context()
+    train_step(model, optim, batch, FULL, config, ctx)
+    state = copy.deepcopy(optim.state())
+    train_step(model, optim, batch, FULL, config, ctx)
+    config, other, _latents, fresh = build(seed=2)
+    fresh.load(state)
+    train_step(other, fresh, batch, FULL, config, ctx)
+    assert all(torch.equal(p, other.state_dict()[n]) for n, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("steps_before", [0])
+def test_the_warm_up_leaves_no_trace(steps_before):
+    config, model, latents, optim = build(loop_start=0.5, plan="a(b)*2")
+    batch, ctx = draw_batch(config), tiny_context()
+    for _ in range(steps_before):
+        train_step(model, optim, batch, FULL, config, ctx)
+    latents.publish()
+    kept, random_state = copy.deepcopy((optim.state(), model.state_dict())), torch.get_rng_state()
+    warm_up(model, optim, config, ctx)
+    assert torch.equal(torch.get_rng_state(), random_state) and not latents.flat_grad.any()
+    assert_same(kept, (optim.state(), model.state_dict()))
+
+
+def assert_same(one, other) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def test_the_warm_up_does_not_read_data(monkeypatch):
+    config, model, _, optim = build()
+    monkeypatch.setattr(train_gpt.TokenStream, "read", lambda *_: pytest.fail("the warm-up reads the data"))
+    warm_up(model, optim, config, tiny_context())
