@@ -742,7 +742,7 @@ class Grid:
 
 def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).half()
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
     codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
     return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
 
@@ -1355,7 +1355,7 @@ def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int
     raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
     choices = [{"zstd": zstandard.ZstdCompressor(level=22).compress(raw)} for raw in raws]
     choices[CODES]["rans"] = encode_matrices(by_stream[CODES])
-    codecs = [min(choice, key=lambda codec: len(choice[codec])) for choice in choices]  # noqa: B023 (used at once)
+    codecs = [min(choice, key=lambda codec: len(choice[codec])) for choice in choices]
     packed = [choice[codec] for choice, codec in zip(choices, codecs)]
     table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
     content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)

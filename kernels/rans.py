@@ -3,7 +3,7 @@
     data = encode_matrices([codes, ...])                   2-D int8 tensors
     codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
 
-The columns of a matrix fall into 1, 2, 4, 8 or 16 classes that compress best together (a hidden unit that died has small
+The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
 weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
 row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
 A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
@@ -17,6 +17,7 @@ import struct
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TABLE_BITS = 14  # the frequencies of a table sum to 2^14
@@ -26,6 +27,8 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb
 
 
 def encode_matrices(matrices: list[Tensor]) -> bytes:
+    if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
+        raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
     sides, symbols, tables, sizes = [], [], [], []
     for codes in matrices:
         side, labels, roots = classify_columns(codes)
@@ -56,6 +59,8 @@ def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
         if data:
             raise ValueError("bytes after the last matrix")
         return []
+    if min(min(shape) for shape in shapes) < 1:
+        raise ValueError("a matrix without codes")
     lanes = count_lanes(total := sum(rows * columns for rows, columns in shapes))
     if len(data) < 8 + 4 * lanes or struct.unpack("<I", data[:4])[0] != zlib.crc32(data[4:]):
         raise ValueError("codes are truncated or changed")
@@ -72,13 +77,12 @@ def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
     symbols, at, mask = torch.empty(total, dtype=torch.int8), 0, (1 << TABLE_BITS) - 1
     for out, which in zip(symbols.split(lanes), table):
         x = states[: len(out)]
-        found = lookup.take((x & mask).add_(which.long() << TABLE_BITS))
+        found = lookup.index_select(0, (x & mask).add_(which.long() << TABLE_BITS))
         out.copy_(found)  # the lowest byte
         x.bitwise_right_shift_(TABLE_BITS).mul_(found >> 32).add_((found >> 8) & mask)
-        low = x < LOWEST
-        n = int(low.sum())
-        x[low] = x[low] << 16 | words[at : at + n].long() & 0xFFFF
-        at += n
+        low = (x < LOWEST).nonzero().flatten()
+        x.index_copy_(0, low, x.index_select(0, low) << 16 | words[at : at + len(low)].long() & 0xFFFF)
+        at += len(low)
         if at > len(words) - lanes:
             raise ValueError("codes end too early")
     if at != len(words) - lanes or not (states == LOWEST).all():
@@ -114,25 +118,18 @@ def build_lookup(freqs: Tensor) -> Tensor:
 
 
 def build_frequencies(roots: Tensor) -> Tensor:
-    """(tables, 256) square roots of frequencies, 0 to 255, to integer frequencies that sum to 2^14."""
+    """(tables, symbols) square roots of frequencies, 0 to 255, to integer frequencies that sum to 2^14."""
     weights = roots.long().square()
     present, total = (weights > 0).long(), weights.sum(1, keepdim=True)
     freqs = present + weights * ((1 << TABLE_BITS) - present.sum(1, keepdim=True)) // total
-    top = freqs.argmax(1, keepdim=True)
-    return freqs.scatter_add(1, top, (1 << TABLE_BITS) - freqs.sum(1, keepdim=True))
+    freqs[torch.arange(len(freqs)), freqs.argmax(1)] += (1 << TABLE_BITS) - freqs.sum(1)
+    return freqs
 
 
 def compute_roots(counts: Tensor) -> Tensor:
     """Square roots are as exact for rare symbols as for common ones; in a byte they are finer than their noise."""
     share = counts / counts.sum(1, keepdim=True)
     return torch.where(counts > 0, (share.sqrt() * 256).round().clamp(1, 255), 0).to(torch.uint8)
-
-
-def build_side(labels: Tensor, roots: Tensor) -> bytes:
-    used = roots.any(0).nonzero().flatten()
-    low, high = int(used[0]), int(used[-1])
-    deltas = torch.cat([roots[:, low : low + 1], roots[:, low : high + 1].diff(dim=1)], 1)
-    return bytes([len(roots), low, high, *labels.tolist(), *deltas.flatten().tolist()])
 
 
 def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -166,26 +163,27 @@ def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor
 
 def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
     """Side information, class of each column and tables: the number of classes that costs the fewest bytes."""
-    columns = codes.shape[1]
+    columns, low, high = codes.shape[1], int(codes.min()) + 128, int(codes.max()) + 128
     index = (codes.long() + 128 + 256 * torch.arange(columns)).flatten()
-    counts = index.bincount(minlength=256 * columns).view(columns, 256).double()
-    by_size = (counts @ (torch.arange(256).double() - 128).square()).argsort(stable=True)
+    counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
+    by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
     best = None
-    for n_classes in (1, 2, 4, 8, 16):
+    for n_classes in (1,):
         if n_classes > count_classes(*codes.shape):
             break
         labels = torch.empty(columns, dtype=torch.long)
         labels[by_size] = torch.arange(columns) * n_classes // columns
         for _ in range(1 if n_classes == 1 else 6):  # k-means, with the price in whole 1/256 bits for a distance
             kept = labels.unique(return_inverse=True)[1]
-            sums = torch.zeros(int(kept.max()) + 1, 256, dtype=torch.double).index_add_(0, kept, counts)
+            sums = torch.stack([counts[kept == label].sum(0) for label in range(int(kept.max()) + 1)])
             roots = compute_roots(sums)
             prices = (256 * (TABLE_BITS - build_frequencies(roots).double().clamp_min(2**-40).log2())).round()
             labels = (counts @ prices.T).argmin(1)
-        side = build_side(kept, roots)
+        deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
+        side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
         price = len(compress(side)) + float((sums * prices).sum()) / 2048
         if best is None or price < best[0]:
-            best = price, side, kept, roots
+            best = price, side, kept, F.pad(roots, (low, 255 - high))
     return best[1:]
 
 
