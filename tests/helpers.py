@@ -54,7 +54,7 @@ def options(**settings) -> list[str]:
 
 
 def tiny_options(dataset: Path, **changes) -> list[str]:
-    return options(**(TINY | dict(data_path=dataset) | changes))
+    return options(**(TINY | dict(recipe="pocket", data_path=dataset) | changes))
 
 
 def clean_environment(**extra) -> dict[str, str]:

@@ -1,0 +1,67 @@
+"""Two processes against one: the same global batch gives the same losses and the same score, and uneven work neither
+hangs nor counts a token twice. torchrun with gloo on a CPU, float32: pytest tests/test_distributed.py
+"""
+
+from pathlib import Path
+
+import pytest
+from helpers import events, parse_log, run_cli, tiny_options
+
+from train_gpt import load_artifact
+
+# 395 targets: 13 plain windows and 47 sliding ones, both odd; seven and more batches of them
+RUN = dict(seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,sgd", score_tokens=396, average="swa")
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory) -> dict[int, tuple[Path, str]]:
+    found = {}
+    for ranks in (1, 2):
+        cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
+        done = run_cli(tiny_options(dataset, **RUN), cwd, ranks if ranks > 1 else 0)
+        assert done.returncode == 0, done.stderr
+        found[ranks] = cwd / "runs" / "r", done.stdout
+    return found
+
+
+def test_losses_are_the_same(runs):
+    losses = {n: [float(pairs["train_loss"]) for pairs in events(text, "train")] for n, (_, text) in runs.items()}
+    assert len(losses[1]) == 6 and losses[2] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[1][-1] < losses[1][0] - 0.1, "something was learnt"
+
+
+@pytest.mark.parametrize("mode, tolerance", [("plain", 1e-3), ("sliding", 1e-3), ("sgd", 1e-2)])
+def test_scores_are_the_same_and_no_token_counts_twice(runs, mode, tolerance):
+    one, two = ([p for p in events(text, "score") if p["mode"] == mode][-1] for _, text in (runs[1], runs[2]))
+    assert one["tokens"] == two["tokens"] == "395" and one["bytes"] == two["bytes"]
+    assert float(two["val_bpb"]) == pytest.approx(float(one["val_bpb"]), abs=tolerance)
+
+
+def test_only_the_first_rank_speaks_and_writes(runs):
+    for folder, text in runs.values():
+        assert [event for event, _ in parse_log(text)].count("result") == 1
+        names = ["artifact.lg", "checkpoint.pt", "config.json", "log.txt", "result.json", "tokenizer.model"]
+        assert sorted(p.name for p in folder.iterdir()) == names
+    assert events(runs[2][1], "hardware")[0]["world"] == "2"
+
+
+def test_two_ranks_score_a_file_as_one_does(runs, dataset, tmp_path):
+    """The same artifact, so that nothing but the sum over ranks can differ."""
+    path = runs[1][0] / "artifact.lg"
+    changes = dict(score=path, score_mode="plain", also="sliding", score_tokens=396)
+    done = run_cli(tiny_options(dataset, **changes), tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    _, result = parse_log(done.stdout)[-1]
+    _, before = parse_log(runs[1][1])[-1]
+    assert result["artifact_sha256"] == before["artifact_sha256"] == load_artifact(path).sha256
+    for key in ("val_bpb", "bpb_sliding"):
+        assert float(result[key]) == pytest.approx(float(before[key]), abs=1e-6)
+    assert all(pairs["tokens"] == "395" for pairs in events(done.stdout, "score"))
+
+
+def test_a_batch_that_does_not_split_is_one_line_and_no_file(dataset, tmp_path):
+    done = run_cli(tiny_options(dataset, batch_tokens=96), tmp_path, ranks=2)
+    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: batch_tokens=96: 3 sequences do not split over 2 ranks"
+    ]
