@@ -318,7 +318,7 @@ def help_text() -> str:
         re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     )
     lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
-    title = f"{__doc__}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
+    title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
     return "\n".join([title, *lines])
 
 
@@ -507,6 +507,7 @@ class RunContext:
     dtype: torch.dtype
     compile: str
     log: Log
+    code_bytes: int = 0
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -532,7 +533,7 @@ class RunContext:
         return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
 
 
-def build_context(config: Config, environ: dict[str, str]) -> RunContext:
+def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
     """Joins the process group that torchrun announces in the environment; alone otherwise."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -551,10 +552,10 @@ def build_context(config: Config, environ: dict[str, str]) -> RunContext:
     fixed = not parse_plan(config.plan).is_variable
     mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
     log = Log(quiet=rank != 0)
-    if mode != "none" and (fault := find_compiler_fault()):
+    if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
-    return RunContext(rank, world, device, getattr(torch, dtype), mode, log)
+    return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
 
 
 def find_compiler_fault() -> str:
@@ -1992,10 +1993,9 @@ def score_artifact(path: Path, config: Config, ctx: RunContext, val: Validation,
         if mode in CHOICES["score_mode"]:
             score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
             found[f"bpb_{mode}"] = f"{score.bpb:.8f}"
-    sizes = dict(
-        artifact_bytes=artifact.size, code_bytes=config.code_reserve, total_bytes=artifact.size + config.code_reserve
-    )
-    fits = not config.byte_limit or sizes["total_bytes"] <= config.byte_limit
+    total = artifact.size + ctx.code_bytes
+    sizes = dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total)
+    fits = not config.byte_limit or total <= config.byte_limit
     return found | dict(eval_s=eval_s) | sizes | dict(limit=config.byte_limit, fits="yes" if fits else "no",
                         artifact_sha256=artifact.sha256)  # fmt: skip
 
@@ -2084,13 +2084,14 @@ def exit_code(error: Exception) -> int:
     return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
 
 
-def main(argv: list[str], environ: dict[str, str]) -> int:
+def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
+    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
     try:
         config, source = parse_config(argv, environ)
-        ctx = build_context(config, environ)
+        ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
         elif config.score:

@@ -59,23 +59,21 @@ def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
         if data:
             raise ValueError("bytes after the last matrix")
         return []
-    if min(min(shape) for shape in shapes) < 1:
-        raise ValueError("a matrix without codes")
     lanes = count_lanes(total := sum(rows * columns for rows, columns in shapes))
     if len(data) < 8 + 4 * lanes or struct.unpack("<I", data[:4])[0] != zlib.crc32(data[4:]):
         raise ValueError("codes are truncated or changed")
     side_end = 8 + struct.unpack("<I", data[4:8])[0]
     words_at = side_end + 4 * lanes
-    if words_at > len(data) or (len(data) - words_at) % 2:
-        raise ValueError("codes do not fill their stream")
+    if words_at > len(data):
+        raise ValueError("states are cut short")
     labels, freqs, sizes = read_side(data[8:side_end], shapes)
     states = torch.frombuffer(bytearray(data[side_end:words_at]), dtype=torch.int32).long() & 0xFFFFFFFF
-    # a step reads at most one word per lane, so with this much room behind them no step reads past the end
+    # a step reads at most one word per lane, so with this much room behind them no step reads past the end;
+    # half a word is refused by frombuffer with the ValueError that is wanted here
     words = torch.frombuffer(bytearray(data[words_at:]) + bytes(2 * lanes), dtype=torch.int16)
     lookup = build_lookup(freqs)
-    table = find_tables(sizes).split(lanes)
     symbols, at, mask = torch.empty(total, dtype=torch.int8), 0, (1 << TABLE_BITS) - 1
-    for out, which in zip(symbols.split(lanes), table):
+    for out, which in zip(symbols.split(lanes), find_tables(sizes).split(lanes)):
         x = states[: len(out)]
         found = lookup.index_select(0, (x & mask).add_(which.long() << TABLE_BITS))
         out.copy_(found)  # the lowest byte
@@ -168,7 +166,7 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
     counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
     by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
     best = None
-    for n_classes in (1,):
+    for n_classes in (1, 2, 4, 8, 16):
         if n_classes > count_classes(*codes.shape):
             break
         labels = torch.empty(columns, dtype=torch.long)

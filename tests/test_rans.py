@@ -7,6 +7,7 @@ CPU, seconds: python -m pytest tests/test_rans.py
 import random
 import struct
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -153,6 +154,18 @@ def seal(rest: bytes) -> bytes:
     return struct.pack("<I", zlib.crc32(rest)) + rest
 
 
+def build_stream(side: bytes, rest: bytes) -> bytes:
+    """A stream with a valid checksum around tables of our own."""
+    packed = rans.compress(side)
+    return seal(struct.pack("<I", len(packed)) + packed + rest)
+
+
+def split_stream(data: bytes) -> tuple[bytes, bytes]:
+    """The tables of a stream, and its states and words."""
+    end = 8 + struct.unpack("<I", data[4:8])[0]
+    return rans.lzma.decompress(data[8:end], rans.lzma.FORMAT_RAW, filters=rans.FILTERS), data[end:]
+
+
 MUTATED = [build_uneven(120, 140), build_gaussian(20, 15, 4.0), build_gaussian(1, 50, 2.0)]
 SHAPES = [tuple(codes.shape) for codes in MUTATED]
 
@@ -184,18 +197,16 @@ def test_changed_streams_are_refused() -> None:
 def test_changed_streams_with_a_valid_checksum_are_refused_or_decode_to_the_shapes() -> None:
     """Three targets: the stream as it is, its head and tables alone, and the tables before they are compressed."""
     data, draw, refused = encode_matrices(MUTATED), random.Random(2), 0
-    side_end = 8 + struct.unpack("<I", data[4:8])[0]
-    side = rans.lzma.decompress(data[8:side_end], rans.lzma.FORMAT_RAW, filters=rans.FILTERS)
+    side, coded = split_stream(data)
     for i in range(600):
         if i % 3 == 0:
-            rest = mutate(data[4:], draw)
+            changed = seal(mutate(data[4:], draw))
         elif i % 3 == 1:
-            rest = mutate(data[4:side_end], draw) + data[side_end:]
+            changed = seal(mutate(data[4 : -len(coded)], draw) + coded)
         else:
-            packed = rans.compress(mutate(side, draw))
-            rest = struct.pack("<I", len(packed)) + packed + data[side_end:]
+            changed = build_stream(mutate(side, draw), coded)
         try:
-            decoded = decode_matrices(seal(rest), SHAPES)
+            decoded = decode_matrices(changed, SHAPES)
         except ValueError as error:
             assert 0 < len(str(error)) < 100
             refused += 1
@@ -206,12 +217,67 @@ def test_changed_streams_with_a_valid_checksum_are_refused_or_decode_to_the_shap
 
 def test_other_shapes_are_refused() -> None:
     data = encode_matrices(MUTATED)
-    for shapes in ([], SHAPES[:2], [*SHAPES, (1, 1)], [(140, 120), *SHAPES[1:]], [(120, 141), *SHAPES[1:]], [(0, 5)]):
+    for shapes in ([], SHAPES[:2], [*SHAPES, (1, 1)], [(140, 120), *SHAPES[1:]], [(120, 141), *SHAPES[1:]]):
         with pytest.raises(ValueError):
             decode_matrices(data, shapes)
 
 
+def test_a_change_that_only_the_checksum_sees_is_refused() -> None:
+    """Another constant has other tables and the same states, so that each decodes with the other's."""
+    three, five = (encode_matrices([torch.full((8, 9), value, dtype=torch.int8)]) for value in (3, 5))
+    assert len(three) == len(five) and three[-8:] == five[-8:]
+    with pytest.raises(ValueError, match="changed"):
+        decode_matrices(three[:4] + five[4:], [(8, 9)])
+
+
+TABLE = [1, 100, 102]  # one class, symbols -28 to -26
+GOOD = bytes([*TABLE, 0, 0, 9, 9, 9])
+
+
+@pytest.mark.parametrize(
+    "side",
+    [
+        b"",
+        GOOD[:2],
+        GOOD[:-1],
+        GOOD + b"\0",
+        bytes([0, *GOOD[1:]]),
+        bytes([2, 100, 102, 0, 1, 9, 9, 9, 9, 9, 9]),
+        bytes([1, 102, 101, 0, 0]),
+        bytes([1, 102, 100, 0, 0, 9, 9, 9]),
+        bytes([1, 255, 0, 0, 0]),
+        bytes([*TABLE, 0, 1, 9, 9, 9]),
+        bytes([*TABLE, 0, 0, 0, 0, 0]),
+    ],
+    ids=["none", "head", "cut", "long", "no-class", "classes", "empty-range", "backward", "far-backward", "label", "zero"],
+)
+def test_impossible_tables_are_refused(side: bytes) -> None:
+    states = struct.pack("<I", rans.LOWEST) + bytes(64)
+    rans.read_side(rans.compress(GOOD), [(5, 2)])
+    with pytest.raises(ValueError, match="table"):
+        decode_matrices(build_stream(side, states), [(5, 2)])
+
+
+def test_states_that_are_cut_short_are_refused() -> None:
+    side, rest = split_stream(encode_matrices(MUTATED))
+    lanes = rans.count_lanes(sum(rows * columns for rows, columns in SHAPES))
+    for size in range(0, 4 * lanes + 40, 4):
+        with pytest.raises(ValueError, match=r"truncated|short|early|end of"):
+            decode_matrices(build_stream(side, rest[:size]), SHAPES)
+
+
+def test_a_state_that_reaches_its_limit_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lower of two equally frequent symbols doubles the state: 16 times, and 2^16 would not fit its 32 bits."""
+    monkeypatch.setattr(rans, "LANE_SYMBOLS", 16)  # the first lane has all the zeros
+    assert_round_trip([torch.tensor([[0], [1]] * 16).to(torch.int8)])
+
+
 def test_tables_that_decompress_to_far_too_much_are_cut_off() -> None:
-    bomb = rans.compress(bytes(50_000_000))
-    with pytest.raises(ValueError, match="tables"):
-        decode_matrices(seal(struct.pack("<I", len(bomb)) + bomb + bytes(400)), SHAPES[1:2])
+    stream = build_stream(bytes(50_000_000), bytes(400))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="tables"):
+            decode_matrices(stream, SHAPES[1:2])
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
