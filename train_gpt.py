@@ -2048,11 +2048,13 @@ def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """The whole run: data, model, training, artifact, score from the artifact."""
     check_split(config, ctx)
-    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S"))
+    # ranks that start in different seconds would look for the artifact in different folders
+    started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
+    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
     folder = Path("runs") / config.run_id
     if config.resume:
         folder = Path(config.resume)
-    elif (folder / "config.json").exists():
+    elif ctx.rank == 0 and (folder / "config.json").exists():  # a late rank would see what rank 0 writes below
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val, tokenizer = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
