@@ -1005,8 +1005,8 @@ class LoopedGPT(nn.Module):
             return torch.compile(function, dynamic=False) if compile_mode in modes else function
 
         self.run_states = compiled(LoopedGPT.states, "full")
-        self.run_block, self.run_embed = compiled(Block.forward, "block"), compiled(LoopedGPT.embed_tokens, "block")
-        self.run_loss = compiled(head_loss, "block", "full")
+        # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
+        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss, "block", "full")
 
     def role(self, name: str) -> str:
         """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
@@ -1084,7 +1084,7 @@ class LoopedGPT(nn.Module):
         before = (
             cache.tokens if cache and cache.tokens is not None else tokens.new_full((len(tokens), 2), config.bos_id)
         )
-        x0 = self.run_embed(self, tokens, before)
+        x0 = self.embed_tokens(tokens, before)
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
         value = self.value_out(self.value(tokens)) if self.value_rows else None
         rotary = self.rotary((cache.length if cache else 0) + tokens.shape[1], tokens.device, x.dtype)
