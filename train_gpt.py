@@ -15,6 +15,7 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -1756,8 +1757,7 @@ def train_step(
 def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
     """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
     started = time.perf_counter()
-    before = {k: v for k, v in optim.state().items() if k != "weights"}
-    weights = {n: w.detach().clone() for n, w in optim.latents.weights.items()}
+    before = copy.deepcopy(optim.state())
     random_state = torch.get_rng_state()
     count = config.batch_tokens // ctx.world + 1
     batch = split_span(
@@ -1765,7 +1765,7 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     )
     for depth in sorted({0 if config.loop_start else config.depth, config.depth}):
         train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
-    optim.load({"weights": weights, **before})
+    optim.load(before)
     torch.set_rng_state(random_state)
     ctx.sync()
     ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
