@@ -136,7 +136,7 @@ class Config(Stored):
     table_k: float = 20.0  # the same for the bigram and value tables
     k_scale: float = 0.0  # coarseness of all grids (0 = the finest that is useful, or as coarse as byte_limit needs)
     calibration_tokens: int = 131072  # training tokens whose activations steer the rounding (0 = plain rounding)
-    export_reserve_s: float = 6.0  # seconds of the training budget that are kept for that
+    export_reserve: float = 0.01  # fraction of a time budget that is kept for that; then time decides, not tokens
     byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
     code_reserve: int = 24_000  # bytes that a run sets aside for the code
 
@@ -218,7 +218,7 @@ LIMITS = [  # what a stored config may ask for is bounded too: an artifact is in
     ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
     ("ema_decay", 0, 1), ("core_bits", 2, 8), ("edge_bits", 2, 8), ("embed_bits", 2, 8), ("table_bits", 2, 8),
     ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
-    ("calibration_tokens", 0, BIG), ("export_reserve_s", 0, 1e7),
+    ("calibration_tokens", 0, BIG), ("export_reserve", 0, 0.5),
     ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
     ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
     ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
@@ -231,7 +231,7 @@ RECIPES = {
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
         final_lr=0.02, average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding",
         score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
-        checkpoint_every_s=30.0, calibration_tokens=32768, export_reserve_s=4.0,
+        checkpoint_every_s=30.0, calibration_tokens=32768,
     ),
 }  # fmt: skip
 
@@ -704,8 +704,8 @@ class Budget:
     """Decides before each step whether it may start and how far the run will be once it is done."""
 
     def __init__(self, config: Config):
-        reserve = config.export_reserve_s if config.calibration_tokens else 0.0
-        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds - reserve
+        reserve = config.export_reserve if config.calibration_tokens else 0.0
+        self.iterations, self.seconds = config.iterations, (1 - reserve) * config.max_wallclock_seconds
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
     def add_step(self, seconds: float) -> None:
@@ -1821,9 +1821,14 @@ class StopSignals:
 
 
 def collect_hessians(
-    config: Config, ctx: RunContext, weights: dict[str, Tensor], stream: TokenStream, clock: Clock | None = None
+    config: Config,
+    ctx: RunContext,
+    weights: dict[str, Tensor],
+    stream: TokenStream,
+    seconds_left: Callable[[], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs of every matrix, all passes together, on training text, within the budget."""
+    """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
+    or, against a clock, as much as the seconds that are left allow."""
     if not config.calibration_tokens:
         return {}
     model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
@@ -1831,23 +1836,19 @@ def collect_hessians(
     sums = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            sums[f"{name}.weight"] = total = torch.zeros(
-                module.weight.shape[1], module.weight.shape[1], device=ctx.device
-            )
+            columns = module.weight.shape[1]
+            sums[f"{name}.weight"] = total = torch.zeros(columns, columns, device=ctx.device)
 
             def add(_, inputs, __, total=total):
                 x = inputs[0].flatten(0, -2).float()
                 total.addmm_(x.T, x)
 
             module.register_forward_hook(add)
-    rows, batch_s = max(1, min(config.calibration_tokens, config.batch_tokens) // config.seq_len // ctx.world), 0.0
-    for batch in range(-(-config.calibration_tokens // (rows * config.seq_len * ctx.world))):
-        started = clock.read() if clock else 0.0
-        if clock and not config.iterations and started + 1.5 * batch_s > config.max_wallclock_seconds:
-            break
+    batch = 0
+    while seconds_left() > 0 if seconds_left else batch * config.batch_tokens < config.calibration_tokens:
         with torch.no_grad():
-            model(load_batch(stream, batch, config, ctx)[0][:rows])
-        batch_s = clock.read() - started if clock else 0.0
+            model(load_batch(stream, batch, config, ctx)[0])
+        batch += 1
     return {name: ctx.sum(total) for name, total in sums.items()}
 
 
@@ -1884,7 +1885,10 @@ def train(
             if is_stopped:
                 raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
         averaged = average.result(latents.weights)
-        hessians = collect_hessians(config, ctx, averaged, stream, clock)
+        # a calibration batch is only a forward pass: one that starts a step's length before the end is done in time
+        deadline_s = config.max_wallclock_seconds - max(budget.recent, default=0.0)
+        left = None if config.iterations else lambda: deadline_s - clock.read()
+        hessians = collect_hessians(config, ctx, averaged, stream, left)
         at.used_s = clock.stop()
     save_checkpoint(folder, optim, average, at, ctx)
     return Trained(latents, averaged, hessians, k_scale, at)
