@@ -229,7 +229,7 @@ RECIPES = {
     "pocket": dict(
         plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding",
+        final_lr=0.02, average="none", score_mode="sliding",
         score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
         checkpoint_every_s=30.0, calibration_tokens=32768,
     ),
