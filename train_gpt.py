@@ -29,6 +29,7 @@ import struct
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.shards import DataError, find_shards, read_shard
+from kernels.rans import decode_matrices, encode_matrices
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -49,8 +51,14 @@ from data.shards import DataError, find_shards, read_shard
 # One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work: one line that names it and the mend. Exit code 2."""
+class Stop(Exception):
+    """Ends the run with one line that names what is wrong and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(Stop):
+    """A setting that cannot work."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,17 @@ class Config(Stored):
     average_every: int = 50  # steps between two weights in the average
     ema_decay: float = 0.9  # what the decaying mean keeps of itself each time
 
-    matrix_bits: int = 6  # bits of a matrix code
-    table_bits: int = 8  # bits of an embedding table code
-    matrix_k: float = 0.0  # matrix grid: step = k std(row) / largest code (0 = solve k from byte_limit)
-    table_k: float = 20.0  # the same for tables
+    core_bits: int = 6  # bits of a code in the matrices of blocks that the plan repeats
+    edge_bits: int = 6  # bits of a code in all other matrices
+    embed_bits: int = 8  # bits of a code in the token embedding
+    table_bits: int = 8  # bits of a code in the bigram and value tables
+    core_k: float = 12.85  # step of a row's grid: k_scale * k * std(row) / largest code
+    edge_k: float = 12.85  # the same for all other matrices
+    embed_k: float = 20.0  # the same for the token embedding
+    table_k: float = 20.0  # the same for the bigram and value tables
+    k_scale: float = 0.0  # coarseness of all grids (0 = the finest that is useful, or as coarse as byte_limit needs)
+    calibration_tokens: int = 131072  # training tokens whose activations steer the rounding (0 = plain rounding)
+    export_reserve_s: float = 6.0  # seconds of the training budget that are kept for that
     byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
     code_reserve: int = 24_000  # bytes that a run sets aside for the code
 
@@ -200,7 +215,9 @@ LIMITS = [  # what a stored config may ask for is bounded too: an artifact is in
     ("bigram_buckets", 0, 2**24), ("bigram_dim", 1, 65536), ("softcap", 1e-3, 1e6), ("iterations", 0, BIG),
     ("max_wallclock_seconds", 0.1, 1e7), ("batch_tokens", 2, 2**32), ("micro_batch", 0, 2**20), ("warmdown", 0, 1),
     ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
-    ("ema_decay", 0, 1), ("matrix_bits", 2, 8), ("table_bits", 2, 8), ("matrix_k", 0, 1e3), ("table_k", 0.1, 1e3),
+    ("ema_decay", 0, 1), ("core_bits", 2, 8), ("edge_bits", 2, 8), ("embed_bits", 2, 8), ("table_bits", 2, 8),
+    ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
+    ("calibration_tokens", 0, BIG), ("export_reserve_s", 0, 1e7),
     ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
     ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
     ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
@@ -213,7 +230,7 @@ RECIPES = {
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
         final_lr=0.02, average="ema", average_start=0.8, average_every=2, ema_decay=0.9, score_mode="sliding",
         score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
-        checkpoint_every_s=30.0,
+        checkpoint_every_s=30.0, calibration_tokens=32768, export_reserve_s=4.0,
     ),
 }  # fmt: skip
 
@@ -301,7 +318,7 @@ def help_text() -> str:
         re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     )
     lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
-    title = f"{__doc__}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
+    title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
     return "\n".join([title, *lines])
 
 
@@ -490,6 +507,7 @@ class RunContext:
     dtype: torch.dtype
     compile: str
     log: Log
+    code_bytes: int = 0
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -515,7 +533,7 @@ class RunContext:
         return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
 
 
-def build_context(config: Config, environ: dict[str, str]) -> RunContext:
+def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
     """Joins the process group that torchrun announces in the environment; alone otherwise."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -534,10 +552,10 @@ def build_context(config: Config, environ: dict[str, str]) -> RunContext:
     fixed = not parse_plan(config.plan).is_variable
     mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
     log = Log(quiet=rank != 0)
-    if mode != "none" and (fault := find_compiler_fault()):
+    if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
-    return RunContext(rank, world, device, getattr(torch, dtype), mode, log)
+    return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
 
 
 def find_compiler_fault() -> str:
@@ -685,7 +703,8 @@ class Budget:
     """Decides before each step whether it may start and how far the run will be once it is done."""
 
     def __init__(self, config: Config):
-        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds
+        reserve = config.export_reserve_s if config.calibration_tokens else 0.0
+        self.iterations, self.seconds = config.iterations, config.max_wallclock_seconds - reserve
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
     def add_step(self, seconds: float) -> None:
@@ -708,7 +727,8 @@ class Budget:
 # One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
 # code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
 
-ZSTD_OVERHEAD = 1.018  # zstd-22 over the order-0 entropy of such codes
+FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
+CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 
 
 @dataclass(frozen=True)
@@ -723,7 +743,7 @@ class Grid:
 
 def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).half()
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
     codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
     return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
 
@@ -732,58 +752,98 @@ def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
 
 
-def compute_code_bits(grid: Grid) -> float:
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
+    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
+    _, step = quantize_tensor(weight, grid)
+    order = hessian.diagonal().argsort(descending=True)
+    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    energy = hessian.diagonal().mean() + 1e-12
+    eye = torch.eye(len(order), device=hessian.device)
+    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
+        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
+        if not failed:
+            break
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
+    codes = torch.zeros_like(open_weight)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = torch.zeros_like(open_weight[:, start:stop])
+        for i in range(start, stop):
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
+            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
+        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
+
+
+def compute_gaussian_bits(grid: Grid) -> float:
     """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
     edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
     below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
-    chances = np.diff(below)
-    chances = chances[chances > 0]
-    return float(-(chances * np.log2(chances)).sum())
+    return compute_entropy(np.diff(below))
 
 
-def forecast_bytes(config: Config, grids: dict[str, Grid | None], shapes: dict[str, torch.Size]) -> int:
-    """Expected size of the artifact."""
-    total = 4000.0
-    for name, shape in shapes.items():
-        if grids[name] is None:
-            total += 2 * shape.numel()
-        else:
-            total += shape.numel() * compute_code_bits(grids[name]) / 8 * ZSTD_OVERHEAD + 2 * shape[0]
+def compute_entropy(weights: np.ndarray) -> float:
+    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
+    shares = weights[weights > 0] / weights.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dict[str, Tensor] | None = None) -> int:
+    """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
+    total = 6000.0  # header
+    for name, p in model.named_parameters():
+        grid = grids[name]
+        if grid is None:
+            total += 1.7 * p.numel()  # fp16, compressed a little
+            continue
+        bits = compute_gaussian_bits(grid)
+        if weights:
+            codes, _ = quantize_tensor(weights[name][:: 1 + len(p) // 256], grid)  # some hundred rows are enough
+            bits = compute_entropy(torch.bincount(codes.flatten().long() + 128, minlength=256).double().cpu().numpy())
+        total += CODER_SHARE * bits * p.numel() / 8 + 2 * len(p)
     return int(total)
 
 
-FINEST_K, COARSEST_K = 4.0, 24.0  # finer only clips more; coarser is below 2.4 bits at 6
+def build_grids(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Grid | None]:
+    """The grid of every parameter; None: stored in fp16."""
+    by_role = {
+        role: Grid(getattr(config, f"{role}_bits"), k_scale * getattr(config, f"{role}_k"))
+        for role in ("core", "edge", "embed", "table")
+    }
+    return {name: by_role.get(model.role(name)) for name, _ in model.named_parameters()}
 
 
-def build_grids(config: Config, model: LoopedGPT) -> dict[str, Grid | None]:
-    """The grid of every parameter (None: stored in fp16), matrix k solved from the byte limit where it is not given."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-
-    def grids(k: float) -> dict[str, Grid | None]:
-        by_kind = {
-            "matrix": Grid(config.matrix_bits, k),
-            "table": Grid(config.table_bits, config.table_k),
-            "vector": None,
-        }
-        return {name: by_kind[model.kind(name)] for name in shapes}
-
-    room = config.byte_limit - config.code_reserve
-    if config.matrix_k or not config.byte_limit or forecast_bytes(config, grids(FINEST_K), shapes) <= room:
-        return grids(config.matrix_k or FINEST_K)
-    low, high = FINEST_K, COARSEST_K
-    if (least := forecast_bytes(config, grids(high), shapes)) > room:
+def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) -> float:
+    """The finest k_scale whose file leaves nothing over `room` bytes."""
+    if size_at(FINEST) <= room:
+        return FINEST
+    if (least := size_at(COARSEST)) > room:
         raise DoesNotFit(
-            f"byte_limit={config.byte_limit}: the model needs at least {least + config.code_reserve:,} bytes with its "
-            f"code; use a smaller --model_dim, fewer blocks in --plan, or --byte_limit 0 to train it all the same"
+            f"byte_limit={config.byte_limit:,}: at least {least + config.code_reserve:,} bytes are needed, "
+            f"{config.code_reserve:,} of them for code; use a smaller --model_dim or fewer blocks in --plan"
         )
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if forecast_bytes(config, grids(middle), shapes) > room else (low, middle)
-    return grids(high)
+    low, high = FINEST, COARSEST
+    while high - low > 1e-4 * high:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if size_at(middle) > room else (low, middle)
+    return high
 
 
-class DoesNotFit(ValueError):
-    """The model cannot be stored within the byte limit. Exit code 3."""
+def plan_k_scale(config: Config, model: LoopedGPT) -> float:
+    """The coarseness to train at: given, or solved from the byte limit with Gaussian weights."""
+    if config.k_scale or not config.byte_limit:
+        return config.k_scale or FINEST
+    room = config.byte_limit - config.code_reserve
+    return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
+
+
+class DoesNotFit(Stop):
+    """The model cannot be stored within the byte limit."""
+
+    exit_code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -948,10 +1008,19 @@ class LoopedGPT(nn.Module):
         self.run_block, self.run_embed = compiled(Block.forward, "block"), compiled(LoopedGPT.embed_tokens, "block")
         self.run_loss = compiled(head_loss, "block", "full")
 
-    def kind(self, name: str) -> str:
-        """matrix, table or vector: which optimizer and which grid a parameter gets."""
+    def role(self, name: str) -> str:
+        """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
         owner = self.get_submodule(name.rpartition(".")[0])
-        return "table" if isinstance(owner, nn.Embedding) else "matrix" if isinstance(owner, Linear) else "vector"
+        if isinstance(owner, nn.Embedding):
+            return "embed" if owner is self.embed else "table"
+        if not isinstance(owner, Linear):
+            return "vector"
+        uses = [self.plan.names[p.block] for p in self.config.passes]
+        return "core" if name.startswith("blocks.") and uses.count(name.split(".")[1]) > 1 else "edge"
+
+    def kind(self, name: str) -> str:
+        """matrix, table or vector: which optimizer a parameter gets."""
+        return {"core": "matrix", "edge": "matrix", "embed": "table"}.get(self.role(name), self.role(name))
 
     def init_weights(self, seed: int) -> None:
         """Orthogonal matrices, except those that write to the stream: they start at zero, so every block is a no-op.
@@ -1230,19 +1299,25 @@ MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
 CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
 
 
-class ArtifactError(ValueError):
-    """An artifact that cannot be used. Exit code 4."""
+class ArtifactError(Stop):
+    """An artifact that cannot be used."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the config fields it stores, the tensors of the model, the digest of the whole file."""
+    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
+    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
 
     stored: dict
-    tensors: dict[str, Tensor]
     tokenizer: dict
-    sha256: str
+    layout: list[dict]
+    streams: list[dict]
+    raw: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     size: int
+    sha256: str
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -1258,24 +1333,69 @@ def write_atomic(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def pack_artifact(config: Config, weights: dict[str, Tensor], grids: dict[str, Grid | None], tokenizer: dict) -> bytes:
-    """The same weights always give the same bytes: no time, host or user in it."""
-    values = {}
+def quantize_weights(
+    weights: dict[str, Tensor], grids: dict[str, Grid | None], hessians: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
+    stored = {}
     for name, weight in weights.items():
-        if grids[name] is None:
-            values[name] = weight.half()
+        grid = grids[name]
+        if grid is None:
+            stored[name] = weight.half()
+        elif name in hessians:
+            stored[name], stored[f"{name}.step"] = round_with_feedback(weight, hessians[name], grid)
         else:
-            values[name], values[f"{name}.step"] = quantize_tensor(weight, grids[name])
-    layout = build_layout(config, {name: grid.bits for name, grid in grids.items() if grid})
-    streams = [bytearray(), bytearray()]
-    for entry in layout:
-        streams[entry["stream"]].extend(values[entry["name"]].cpu().contiguous().numpy().tobytes())
-    packed = [zstandard.ZstdCompressor(level=22).compress(bytes(raw)) for raw in streams]
-    table = [dict(codec="zstd", bytes=len(p), raw_bytes=len(raw)) for p, raw in zip(packed, streams)]
+            stored[name], stored[f"{name}.step"] = quantize_tensor(weight, grid)
+    return stored
+
+
+def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
+    """The codec that makes a stream smallest, and its bytes. zstd-22 takes long and mostly loses on codes, so there it
+    is only tried when a quick level comes near."""
+    choices = {"rans": encode_matrices(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(raw, 3)) < 1.1 * len(choices["rans"]):
+        choices["zstd"] = zstandard.compress(raw, 22)
+    codec = min(choices, key=lambda name: len(choices[name]))
+    return codec, choices[codec]
+
+
+def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
+    """The same tensors always give the same bytes: no time, host or user in it."""
+    layout = build_layout(config, bits)
+    by_stream = [[stored[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
+    raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
+    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
+    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
     content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
     header = json.dumps(content, separators=(",", ":")).encode()
     body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
     return body + hashlib.sha256(body).digest()
+
+
+def fit_artifact(
+    config: Config, model: LoopedGPT, weights: dict, hessians: dict, k_scale: float, tokenizer: dict
+) -> bytes:
+    """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
+    and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each encoding."""
+    room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
+
+    def size_at(scale: float) -> int:
+        return forecast_bytes(model, build_grids(config, model, scale), weights)
+
+    is_bound = size_at(k_scale) > room or (not config.k_scale and k_scale > FINEST)
+    extra = 0
+    for _ in range(6):
+        if is_bound:
+            k_scale = solve_k_scale(lambda scale: size_at(scale) + extra, int(0.998 * room), config)  # noqa: B023
+        grids = build_grids(config, model, k_scale)
+        bits = {name: grid.bits for name, grid in grids.items() if grid}
+        content = pack_artifact(config, quantize_weights(weights, grids, hessians), bits, tokenizer)
+        if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
+            return content
+        is_bound, extra = True, len(content) - size_at(k_scale)
+    raise DoesNotFit(
+        f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below it"
+    )
 
 
 def config_from_stored(stored: dict) -> Config:
@@ -1341,24 +1461,27 @@ def unpack_artifact(content: bytes) -> Artifact:
     at, raw_streams = 16 + header_bytes, []
     if any(type(n) is not int or n < 0 for _, n, _ in sizes) or at + sum(n for _, n, _ in sizes) + 32 != len(content):
         raise ArtifactError("its streams do not fill the file")
-    for codec, n_bytes, raw_bytes in sizes:
-        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes))
+    for stream, (codec, n_bytes, raw_bytes) in enumerate(sizes):
+        shapes = [tuple(e["shape"]) for e in layout if e["stream"] == stream]
+        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes, shapes if stream == CODES else []))
         at += n_bytes
-    found = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
+    raw = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
     weights = {}
-    for entry in (e for e in layout if not e["name"].endswith(".step")):
-        step = found.get(entry["name"] + ".step")
-        weights[entry["name"]] = found[entry["name"]] if step is None else dequantize_tensor(found[entry["name"]], step)
-    return Artifact(stored, weights, tokenizer, hashlib.sha256(content).hexdigest(), len(content))
+    for name in (e["name"] for e in layout if not e["name"].endswith(".step")):
+        step = raw.get(f"{name}.step")
+        weights[name] = raw[name] if step is None else dequantize_tensor(raw[name], step)
+    return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
 
 
-def decompress(codec: str, packed: bytes, raw_bytes: int) -> bytes:
+def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int, int]]) -> bytes:
     try:
+        if codec == "rans" and shapes:
+            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
         if codec != "zstd" or zstandard.frame_content_size(packed) != raw_bytes:
-            raise ArtifactError(f"a stream of codec {str(codec)[:20]!r} does not decode to the size it promises")
+            raise ValueError("codec or size is not what this script reads")
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
-    except zstandard.ZstdError:
-        raise ArtifactError("a stream does not decompress") from None
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ArtifactError(f"a stream does not decode: {error}") from None
     if len(raw) != raw_bytes:
         raise ArtifactError("a stream does not decode to the size it promises")
     return raw
@@ -1576,12 +1699,16 @@ def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: 
 # The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
 
 
-class NonFiniteLoss(RuntimeError):
-    """Stops a run on all ranks. Exit code 1, as for an interruption."""
+class NonFiniteLoss(Stop):
+    """Stops a run on all ranks, after a checkpoint is saved."""
+
+    exit_code = 1
 
 
-class Interrupted(RuntimeError):
-    """SIGTERM or Ctrl-C, after the checkpoint is saved."""
+class Interrupted(Stop):
+    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
+
+    exit_code = 1
 
 
 @dataclass
@@ -1598,6 +1725,8 @@ class Trained:
 
     latents: Latents
     averaged: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    k_scale: float
     at: Progress
 
 
@@ -1691,8 +1820,41 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream: TokenStream, folder: Path) -> Trained:
-    latents = Latents(model, grids)
+def collect_hessians(
+    config: Config, ctx: RunContext, weights: dict[str, Tensor], stream: TokenStream, clock: Clock | None = None
+) -> dict[str, Tensor]:
+    """Sums of x x^T over the inputs of every matrix, all passes together, on training text, within the budget."""
+    if not config.calibration_tokens:
+        return {}
+    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+    load_weights(model, weights)
+    sums = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            sums[f"{name}.weight"] = total = torch.zeros(
+                module.weight.shape[1], module.weight.shape[1], device=ctx.device
+            )
+
+            def add(_, inputs, __, total=total):
+                x = inputs[0].flatten(0, -2).float()
+                total.addmm_(x.T, x)
+
+            module.register_forward_hook(add)
+    rows, batch_s = max(1, min(config.calibration_tokens, config.batch_tokens) // config.seq_len // ctx.world), 0.0
+    for batch in range(-(-config.calibration_tokens // (rows * config.seq_len * ctx.world))):
+        started = clock.read() if clock else 0.0
+        if clock and not config.iterations and started + 1.5 * batch_s > config.max_wallclock_seconds:
+            break
+        with torch.no_grad():
+            model(load_batch(stream, batch, config, ctx)[0][:rows])
+        batch_s = clock.read() - started if clock else 0.0
+    return {name: ctx.sum(total) for name, total in sums.items()}
+
+
+def train(
+    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
+) -> Trained:
+    latents = Latents(model, build_grids(config, model, k_scale))
     optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
     latents.publish()
     at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
@@ -1721,9 +1883,11 @@ def train(config: Config, ctx: RunContext, model: LoopedGPT, grids: dict, stream
                 raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
             if is_stopped:
                 raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
+        averaged = average.result(latents.weights)
+        hessians = collect_hessians(config, ctx, averaged, stream, clock)
         at.used_s = clock.stop()
     save_checkpoint(folder, optim, average, at, ctx)
-    return Trained(latents, average.result(latents.weights), at)
+    return Trained(latents, averaged, hessians, k_scale, at)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1745,7 +1909,8 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 def counted_files() -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository."""
-    return [Path(__file__), Path(sys.modules[read_shard.__module__].__file__)]
+    modules = [sys.modules[part.__module__] for part in (read_shard, encode_matrices)]
+    return [Path(__file__), *(Path(module.__file__) for module in modules)]
 
 
 def hash_counted_code() -> str:
@@ -1755,19 +1920,24 @@ def hash_counted_code() -> str:
     return digest.hexdigest()
 
 
-def log_plan(config: Config, grids: dict[str, Grid | None], model: LoopedGPT, ctx: RunContext) -> None:
+def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
     """Sizes and forecasts, before anything is trained."""
-    counts, shapes = {"matrix": 0, "table": 0, "vector": 0}, {}
+    counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
     for name, p in model.named_parameters():
-        counts[model.kind(name)] += p.numel()
-        shapes[name] = p.shape
-    matrix_k = next(g.k for n, g in grids.items() if model.kind(n) == "matrix")
-    n_bytes = forecast_bytes(config, grids, shapes)
+        counts[model.role(name)] += p.numel()
+    n_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total, limit = n_bytes + config.code_reserve, config.byte_limit
+    if limit and total > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: about {total:,} bytes are expected; raise --k_scale or leave it at 0")
     flops = compute_flops(config, config.depth)
     ctx.log("model", params=sum(counts.values()), **counts, passes=len(config.passes), blocks=len(model.blocks))
     ctx.log("forecast", flops_per_token=flops, artifact_bytes=n_bytes, total_bytes=n_bytes + config.code_reserve,
-            limit=config.byte_limit, matrix_k=matrix_k,
-            bits_per_weight=compute_code_bits(Grid(config.matrix_bits, matrix_k)))  # fmt: skip
+            limit=limit, k_scale=k_scale,
+            core_bits=compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale)))  # fmt: skip
+    if config.k_scale and limit and 0.97 * limit < total:
+        ctx.log.line(
+            f"# warning: {100 * total / limit:.1f}% of the byte limit is expected, the export may coarsen the grid"
+        )
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
     bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
     memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
@@ -1788,7 +1958,7 @@ def dry_run(config: Config, ctx: RunContext) -> None:
     ctx.log.line(f"params:{sum(by_part.values())}")
     for part, count in by_part.items():
         ctx.log("part", name=part, params=count)
-    log_plan(config, build_grids(config, model), model, ctx)
+    log_plan(config, plan_k_scale(config, model), model, ctx)
 
 
 def check_split(config: Config, ctx: RunContext) -> None:
@@ -1803,14 +1973,13 @@ def check_split(config: Config, ctx: RunContext) -> None:
         )
 
 
-def export(config: Config, ctx: RunContext, trained: Trained, tokenizer: dict, path: Path) -> None:
+def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
     """Writes the artifact, unless it is over the limit. From here on only that file is used."""
     if ctx.rank == 0:
-        content = pack_artifact(config, trained.averaged, trained.latents.grids, tokenizer)
-        total = len(content) + config.code_reserve
-        if config.byte_limit and total > config.byte_limit:
-            raise DoesNotFit(f"{len(content):,} bytes of artifact and {config.code_reserve:,} of code are over "
-                             f"byte_limit={config.byte_limit:,}; the checkpoint is kept in {path.parent}")  # fmt: skip
+        try:
+            content = fit_artifact(config, model, trained.averaged, trained.hessians, trained.k_scale, tokenizer)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
         write_atomic(path, content)
     if ctx.world > 1:
         dist.barrier()
@@ -1831,10 +2000,9 @@ def score_artifact(path: Path, config: Config, ctx: RunContext, val: Validation,
         if mode in CHOICES["score_mode"]:
             score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
             found[f"bpb_{mode}"] = f"{score.bpb:.8f}"
-    sizes = dict(
-        artifact_bytes=artifact.size, code_bytes=config.code_reserve, total_bytes=artifact.size + config.code_reserve
-    )
-    fits = not config.byte_limit or sizes["total_bytes"] <= config.byte_limit
+    total = artifact.size + ctx.code_bytes
+    sizes = dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total)
+    fits = not config.byte_limit or total <= config.byte_limit
     return found | dict(eval_s=eval_s) | sizes | dict(limit=config.byte_limit, fits="yes" if fits else "no",
                         artifact_sha256=artifact.sha256)  # fmt: skip
 
@@ -1880,16 +2048,18 @@ def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """The whole run: data, model, training, artifact, score from the artifact."""
     check_split(config, ctx)
-    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S"))
+    # ranks that start in different seconds would look for the artifact in different folders
+    started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
+    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
     folder = Path("runs") / config.run_id
     if config.resume:
         folder = Path(config.resume)
-    elif (folder / "config.json").exists():
+    elif ctx.rank == 0 and (folder / "config.json").exists():  # a late rank would see what rank 0 writes below
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val, tokenizer = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = build_model(config, ctx)
-    grids = build_grids(config, model)
+    k_scale = plan_k_scale(config, model)
     model.init_weights(config.seed)
     if ctx.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1899,8 +2069,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         write_atomic(folder / "tokenizer.model", source_path.read_bytes())
     log_head(config, source, ctx)
     ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
-    log_plan(config, grids, model, ctx)
-    trained = train(config, ctx, model, grids, stream, folder)
+    log_plan(config, k_scale, model, ctx)
+    trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
     found |= dict(seed=config.seed, recipe=config.recipe)
     wanted = config.also.split(",")
@@ -1910,7 +2080,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         trained.latents.publish(trained.averaged, quantized=False)
         found["bpb_averaged"] = f"{evaluate('plain', model, config, ctx, val, 'averaged').bpb:.8f}"
     path = folder / "artifact.lg"
-    export(config, ctx, trained, tokenizer, path)
+    export(config, ctx, model, trained, tokenizer, path)
     found |= score_artifact(path, config, ctx, val, tokenizer, model)
     result = log_result(found, ctx)
     if ctx.rank == 0:
@@ -1918,14 +2088,19 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
 
 
-def main(argv: list[str], environ: dict[str, str]) -> int:
-    """0 good, 1 crash or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
+def exit_code(error: Exception) -> int:
+    """1 crash, full disk, interruption or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
+    return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
+
+
+def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
+    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
     try:
         config, source = parse_config(argv, environ)
-        ctx = build_context(config, environ)
+        ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
         elif config.score:
@@ -1933,13 +2108,12 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
         else:
             run(config, source, ctx)
         return 0
-    except (ConfigError, DataError, DoesNotFit, ArtifactError, NonFiniteLoss, Interrupted, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            return 1  # whoever read the output has seen enough
-        codes = {DoesNotFit: 3, ArtifactError: 4, NonFiniteLoss: 1, Interrupted: 1}
+    except BrokenPipeError:
+        return 1  # whoever read the output has seen enough
+    except (Stop, DataError, OSError) as error:
         if environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return codes.get(type(error), 1 if isinstance(error, OSError) else 2)
+        return exit_code(error)
     except torch.OutOfMemoryError:
         print(
             "error: out of GPU memory: set --micro_batch to half of the sequences that a rank holds now",

@@ -17,6 +17,7 @@ TINY = dict(
     stride=8, score_batch=4, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, ttt_lr=0.1, average="ema", average_start=0.5,
     average_every=1, byte_limit=0, code_reserve=1000, score_mode="plain", also="none", compile="none", device="cpu",
     dtype="float32", checkpoint_every_s=0.0, log_every=1,
+    calibration_tokens=0,
 )  # fmt: skip
 
 
@@ -36,6 +37,16 @@ def tiny_model(config: train_gpt.Config, seed: int = 1) -> train_gpt.LoopedGPT:
         for p in model.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
     return model
+
+
+def plan_grids(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str, train_gpt.Grid | None]:
+    return train_gpt.build_grids(config, model, train_gpt.plan_k_scale(config, model))
+
+
+def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer: dict) -> bytes:
+    """An artifact of these weights, plainly rounded."""
+    bits = {name: grid.bits for name, grid in grids.items() if grid}
+    return train_gpt.pack_artifact(config, train_gpt.quantize_weights(weights, grids, {}), bits, tokenizer)
 
 
 def options(**settings) -> list[str]:

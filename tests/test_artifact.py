@@ -13,7 +13,7 @@ import struct
 import pytest
 import torch
 import zstandard
-from helpers import tiny_config, tiny_model
+from helpers import pack_weights, plan_grids, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,18 +21,17 @@ import train_gpt
 from train_gpt import (
     ArtifactError,
     LoopedGPT,
-    build_grids,
+    decompress,
     dequantize_tensor,
     load_artifact,
     load_weights,
-    pack_artifact,
     quantize_tensor,
     unpack_artifact,
     write_atomic,
 )
 
 TOKENIZER = dict(sha256="0" * 64, vocab=384)
-CONFIG = tiny_config(matrix_k=8.0, plan="a(^b)*2")
+CONFIG = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, plan="a(^b)*2")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def model() -> LoopedGPT:
 
 @pytest.fixture(scope="module")
 def content(model) -> bytes:
-    return pack_artifact(CONFIG, model.state_dict(), build_grids(CONFIG, model), TOKENIZER)
+    return pack_weights(CONFIG, model.state_dict(), plan_grids(CONFIG, model), TOKENIZER)
 
 
 def split(content: bytes) -> tuple[dict, list[bytes]]:
@@ -72,10 +71,12 @@ def reseal(content: bytes, change) -> bytes:
 def repack(content: bytes, index: int, change) -> bytes:
     """The artifact with the raw bytes of one stream changed."""
     header, streams = split(content)
-    raw = bytearray(zstandard.ZstdDecompressor().decompress(streams[index]))
+    shapes = [tuple(entry["shape"]) for entry in header["tensors"] if entry["stream"] == index]
+    codec, size = (header["streams"][index][key] for key in ("codec", "raw_bytes"))
+    raw = bytearray(decompress(codec, streams[index], size, shapes))
     changed = change(raw)
     streams[index] = zstandard.ZstdCompressor().compress(bytes(raw if changed is None else changed))
-    header["streams"][index]["bytes"] = len(streams[index])
+    header["streams"][index] |= dict(codec="zstd", bytes=len(streams[index]))
     return seal(header, streams)
 
 
@@ -87,7 +88,7 @@ def refuse(content: bytes) -> str:
 
 
 def test_tensors_come_back_exactly(model, content):
-    artifact, found = unpack_artifact(content), build_grids(CONFIG, model)
+    artifact, found = unpack_artifact(content), plan_grids(CONFIG, model)
     assert artifact.stored == CONFIG.stored() and artifact.tokenizer == TOKENIZER
     assert artifact.size == len(content) and artifact.sha256 == hashlib.sha256(content).hexdigest()
     assert list(artifact.tensors) == [n for n, _ in model.named_parameters()]
@@ -99,7 +100,7 @@ def test_tensors_come_back_exactly(model, content):
 
 
 def test_the_same_weights_give_the_same_bytes(model, content):
-    again = pack_artifact(CONFIG, model.state_dict(), build_grids(CONFIG, model), TOKENIZER)
+    again = pack_weights(CONFIG, model.state_dict(), plan_grids(CONFIG, model), TOKENIZER)
     assert again == content
 
 
@@ -109,18 +110,18 @@ def test_layout(model, content):
     assert content[-32:] == hashlib.sha256(content[:-32]).digest()
     assert set(header) == {"config", "tokenizer", "tensors", "streams"} and header["tokenizer"] == TOKENIZER
     fields = {"name", "shape", "bits", "scheme", "stream", "offset", "bytes"}
-    raws = [zstandard.ZstdDecompressor().decompress(s) for s in streams]
-    ends = [0] * len(raws)
+    ends = [0] * len(streams)
     for entry in header["tensors"]:
         assert set(entry) == fields and entry["offset"] == ends[entry["stream"]]
         ends[entry["stream"]] += entry["bytes"]
-    assert ends == [len(raw) for raw in raws] == [s["raw_bytes"] for s in header["streams"]]
+    assert ends == [stream["raw_bytes"] for stream in header["streams"]]
+    assert zstandard.ZstdDecompressor().decompress(streams[1])[:2] == model.state_dict()["mixes"].half().numpy().tobytes()[:2]
     assert not {"seed", "run_id", "data_path"} & set(header["config"])
 
 
 def test_the_header_is_in_the_order_of_the_model_whatever_the_order_of_the_weights(model, content):
     shuffled = dict(reversed(model.state_dict().items()))
-    assert pack_artifact(CONFIG, shuffled, build_grids(CONFIG, model), TOKENIZER) == content
+    assert pack_weights(CONFIG, shuffled, plan_grids(CONFIG, model), TOKENIZER) == content
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 15, 16, 40, 47, 48, 500, -1, -33])

@@ -111,7 +111,7 @@ def test_wrong_values_in_the_environment_are_refused_too():
     (dict(device="tpu"), ("device",)), (dict(dtype="float16"), ("dtype",)), (dict(compile="yes"), ("compile",)),
     (dict(model_dim=0), ("model_dim",)), (dict(num_heads=0), ("num_heads",)), (dict(vocab_size=1), ("vocab_size",)),
     (dict(num_kv_heads=0), ("num_kv_heads",)), (dict(seq_len=0), ("seq_len",)), (dict(depth=0), ("depth",)),
-    (dict(matrix_bits=9), ("matrix_bits",)), (dict(matrix_bits=1), ("matrix_bits",)), (dict(stride=0), ("stride",)),
+    (dict(core_bits=9), ("core_bits",)), (dict(edge_bits=1), ("edge_bits",)), (dict(stride=0), ("stride",)),
     (dict(warmdown=1.5), ("warmdown",)), (dict(loop_start=-0.1), ("loop_start",)), (dict(softcap=0.0), ("softcap",)),
     (dict(max_wallclock_seconds=0.0), ("max_wallclock_seconds",)), (dict(iterations=-1), ("iterations",)),
     (dict(ttt_chunk=0), ("ttt_chunk",)), (dict(score_batch=0), ("score_batch",)), (dict(log_every=0), ("log_every",)),

@@ -27,6 +27,7 @@ from helpers import (
     tiny_options,
 )
 
+import tools.artifact
 import train_gpt
 from train_gpt import ConfigError, check_split, format_value, load_artifact, main
 
@@ -221,7 +222,7 @@ def test_resume_with_another_setting_changes_nothing(finished, monkeypatch, caps
 def test_a_hopeless_byte_limit_exits_3(flags, dataset, tmp_path, monkeypatch, capsys):
     assert call([*tiny_options(dataset, byte_limit=6000), *flags], tmp_path, monkeypatch) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "byte_limit=6000" in line and files(tmp_path) == []
+    assert "byte_limit=6,000" in line and files(tmp_path) == []
 
 
 def test_a_file_over_the_limit_is_refused_and_the_checkpoint_kept(dataset, tmp_path, monkeypatch, capsys):
@@ -282,7 +283,7 @@ def test_a_dry_run_prints_the_parameters_first_and_writes_nothing(tmp_path, monk
     assert sum(int(part["params"]) for part in parts) == 29950082
     forecast = [pairs for line in lines if line.startswith("forecast ") for pairs in [parse_log(line)[0][1]]]
     keys = {key for pairs in forecast for key in pairs}
-    assert {"flops_per_token", "artifact_bytes", "memory_mb", "step_ms", "matrix_k"} <= keys
+    assert {"flops_per_token", "artifact_bytes", "memory_mb", "step_ms", "k_scale"} <= keys
     flops = int(next(pairs["flops_per_token"] for pairs in forecast if "flops_per_token" in pairs))
     assert 0.3e9 < flops < 0.6e9 and files(tmp_path) == []
 
@@ -323,3 +324,18 @@ def test_help_explains_itself(tmp_path, monkeypatch, capsys):
     assert call(["--help"], tmp_path, monkeypatch) == 0
     out = capsys.readouterr().out
     assert "--plan" in out and "--byte_limit" in out and "pocket" in out
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_the_artifact_ends_just_below_a_limit_that_binds(share, dataset, tmp_path, monkeypatch):
+    """Through a run, and again from its checkpoint through tools.artifact."""
+    shape = dict(model_dim=128, num_heads=4, bigram_buckets=1024, bigram_dim=32, calibration_tokens=1024, iterations=2)
+    limit = int(share * 190_000)
+    assert call(tiny_options(dataset, run_id="r", byte_limit=limit, **shape), tmp_path, monkeypatch) == 0
+    room = limit - 1000
+    assert 0.995 * room <= (tmp_path / "runs/r/artifact.lg").stat().st_size <= room
+    assert tools.artifact.main(["fit", "runs/r", "--byte_limit", str(limit - 9000), "--out", "small.lg"]) == 0
+    assert 0.995 * (room - 9000) <= (tmp_path / "small.lg").stat().st_size <= room - 9000
+    assert tools.artifact.main(["verify", "small.lg"]) == 0
+    assert tools.artifact.main(["fit", "runs/r", "--byte_limit", "9000", "--out", "none.lg"]) == 3
+    assert not (tmp_path / "none.lg").exists()

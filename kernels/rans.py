@@ -1,0 +1,189 @@
+"""A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
+
+    data = encode_matrices([codes, ...])                   2-D int8 tensors
+    codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
+
+The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
+weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
+row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
+A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
+
+    data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
+    side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
+"""
+
+import lzma
+import struct
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TABLE_BITS = 14  # the frequencies of a table sum to 2^14
+LOWEST = 1 << 16  # a state starts at this value in the encoder, so it has to end there in the decoder
+LANE_SYMBOLS = 1 << 14  # per lane: a state costs 3 bytes more than it carries, 0.03% of its symbols
+FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def encode_matrices(matrices: list[Tensor]) -> bytes:
+    if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
+        raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
+    sides, symbols, tables, sizes = [], [], [], []
+    for codes in matrices:
+        side, labels, roots = classify_columns(codes)
+        sides.append(side)
+        symbols.append((codes.T[labels.argsort(stable=True)].int() + 128).flatten())
+        tables.append(build_frequencies(roots))
+        sizes.append(labels.bincount() * len(codes))
+    if not matrices:
+        return b""
+    freqs, index = torch.cat(tables), torch.cat(symbols) + find_tables(torch.cat(sizes)).mul_(256)
+    starts = (freqs.cumsum(1) - freqs).flatten()
+    states = torch.full((count_lanes(len(index)),), LOWEST)
+    words = []
+    for piece in reversed(index.split(len(states))):  # last symbol first: the decoder runs the other way
+        x, f = states[: len(piece)], freqs.take(piece.long())
+        full = x >= f << (32 - TABLE_BITS)
+        words.append(x[full].to(torch.int16))
+        x = torch.where(full, x >> 16, x)
+        states[: len(piece)] = (x // f << TABLE_BITS) + x % f + starts.take(piece.long())
+    side = compress(b"".join(sides))
+    states = torch.where(states < 1 << 31, states, states - (1 << 32)).int()
+    rest = struct.pack("<I", len(side)) + side + states.numpy().tobytes() + torch.cat(words[::-1]).numpy().tobytes()
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if not shapes:
+        if data:
+            raise ValueError("bytes after the last matrix")
+        return []
+    lanes = count_lanes(total := sum(rows * columns for rows, columns in shapes))
+    if len(data) < 8 + 4 * lanes or struct.unpack("<I", data[:4])[0] != zlib.crc32(data[4:]):
+        raise ValueError("codes are truncated or changed")
+    side_end = 8 + struct.unpack("<I", data[4:8])[0]
+    words_at = side_end + 4 * lanes
+    if words_at > len(data):
+        raise ValueError("states are cut short")
+    labels, freqs, sizes = read_side(data[8:side_end], shapes)
+    states = torch.frombuffer(bytearray(data[side_end:words_at]), dtype=torch.int32).long() & 0xFFFFFFFF
+    # a step reads at most one word per lane, so with this much room behind them no step reads past the end;
+    # half a word is refused by frombuffer with the ValueError that is wanted here
+    words = torch.frombuffer(bytearray(data[words_at:]) + bytes(2 * lanes), dtype=torch.int16)
+    lookup = build_lookup(freqs)
+    symbols, at, mask = torch.empty(total, dtype=torch.int8), 0, (1 << TABLE_BITS) - 1
+    for out, which in zip(symbols.split(lanes), find_tables(sizes).split(lanes)):
+        x = states[: len(out)]
+        found = lookup.index_select(0, (x & mask).add_(which.long() << TABLE_BITS))
+        out.copy_(found)  # the lowest byte
+        x.bitwise_right_shift_(TABLE_BITS).mul_(found >> 32).add_((found >> 8) & mask)
+        low = (x < LOWEST).nonzero().flatten()
+        x.index_copy_(0, low, x.index_select(0, low) << 16 | words[at : at + len(low)].long() & 0xFFFF)
+        at += len(low)
+        if at > len(words) - lanes:
+            raise ValueError("codes end too early")
+    if at != len(words) - lanes or not (states == LOWEST).all():
+        raise ValueError("codes do not decode to the end of their stream")
+    matrices = []
+    for (rows, columns), label, flat in zip(shapes, labels, symbols.split([r * c for r, c in shapes])):
+        codes = torch.empty(columns, rows, dtype=torch.int8)
+        codes[label.argsort(stable=True)] = flat.view(columns, rows)
+        matrices.append(codes.T.contiguous())
+    return matrices
+
+
+def count_lanes(n_symbols: int) -> int:
+    return max(1, n_symbols // LANE_SYMBOLS)
+
+
+def count_classes(rows: int, columns: int) -> int:
+    """Most classes: a table has to serve 8192 codes, which also bounds what a hostile stream can make us allocate."""
+    return min(16, columns, max(1, rows * columns >> 13))
+
+
+def find_tables(sizes: Tensor) -> Tensor:
+    """The table of every symbol, from the number of symbols of every table."""
+    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), sizes)
+
+
+def build_lookup(freqs: Tensor) -> Tensor:
+    """Per table and low bits of a state: frequency << 32 | (bits - start of the symbol) << 8 | symbol as a byte."""
+    owner = torch.repeat_interleave(torch.arange(freqs.numel()), freqs.flatten())
+    starts = (freqs.cumsum(1) - freqs).flatten()
+    bits = torch.arange(len(owner)) & ((1 << TABLE_BITS) - 1)
+    return freqs.take(owner) << 32 | (bits - starts[owner]) << 8 | (owner - 128) & 255
+
+
+def build_frequencies(roots: Tensor) -> Tensor:
+    """(tables, symbols) square roots of frequencies, 0 to 255, to integer frequencies that sum to 2^14."""
+    weights = roots.long().square()
+    present, total = (weights > 0).long(), weights.sum(1, keepdim=True)
+    freqs = present + weights * ((1 << TABLE_BITS) - present.sum(1, keepdim=True)) // total
+    freqs[torch.arange(len(freqs)), freqs.argmax(1)] += (1 << TABLE_BITS) - freqs.sum(1)
+    return freqs
+
+
+def compute_roots(counts: Tensor) -> Tensor:
+    """Square roots are as exact for rare symbols as for common ones; in a byte they are finer than their noise."""
+    share = counts / counts.sum(1, keepdim=True)
+    return torch.where(counts > 0, (share.sqrt() * 256).round().clamp(1, 255), 0).to(torch.uint8)
+
+
+def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Class of each column per matrix, frequencies of all tables, number of symbols of each table."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
+    most = sum(3 + columns + 256 * count_classes(rows, columns) for rows, columns in shapes)
+    try:
+        side = bytearray(reader.decompress(packed, most + 1))
+    except lzma.LZMAError:
+        raise ValueError("tables do not decompress") from None
+    labels, roots, sizes, at = [], [], [], 0
+    for rows, columns in shapes:
+        count, low, high = side[at : at + 3] if len(side) >= at + 3 else (0, 0, 0)
+        width, body = high + 1 - low, at + 3 + columns
+        at = body + count * width
+        if not 0 < count <= count_classes(rows, columns) or width < 1 or at > len(side):
+            raise ValueError("tables are cut short or impossible")
+        label = torch.frombuffer(side, dtype=torch.uint8, count=columns, offset=body - columns).long()
+        deltas = torch.frombuffer(side, dtype=torch.uint8, count=count * width, offset=body).view(count, width)
+        table = torch.zeros(count, 256, dtype=torch.uint8)
+        table[:, low : high + 1] = deltas.cumsum(1)
+        if label.max() >= count or not table.any(1).all():
+            raise ValueError("a column has no table")
+        labels.append(label)
+        roots.append(table)
+        sizes.append(label.bincount(minlength=count) * rows)
+    if at != len(side) or not reader.eof or reader.unused_data:
+        raise ValueError("tables do not end where they should")
+    return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
+
+
+def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
+    """Side information, class of each column and tables: the number of classes that costs the fewest bytes."""
+    columns, low, high = codes.shape[1], int(codes.min()) + 128, int(codes.max()) + 128
+    index = (codes.long() + 128 + 256 * torch.arange(columns)).flatten()
+    counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
+    by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
+    best = None
+    for n_classes in (1, 2, 4, 8, 16):
+        if n_classes > count_classes(*codes.shape):
+            break
+        labels = torch.empty(columns, dtype=torch.long)
+        labels[by_size] = torch.arange(columns) * n_classes // columns
+        for _ in range(1 if n_classes == 1 else 6):  # k-means, with the price in whole 1/256 bits for a distance
+            kept = labels.unique(return_inverse=True)[1]
+            sums = torch.stack([counts[kept == label].sum(0) for label in range(int(kept.max()) + 1)])
+            roots = compute_roots(sums)
+            prices = (256 * (TABLE_BITS - build_frequencies(roots).double().clamp_min(2**-40).log2())).round()
+            labels = (counts @ prices.T).argmin(1)
+        deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
+        side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
+        price = len(compress(side)) + float((sums * prices).sum()) / 2048
+        if best is None or price < best[0]:
+            best = price, side, kept, F.pad(roots, (low, 255 - high))
+    return best[1:]
+
+
+def compress(side: bytes) -> bytes:
+    return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)

@@ -1,0 +1,96 @@
+"""The packed script is the source: the same plan, the same artifact, alone in a folder, under python and torchrun.
+
+CPU: pytest tests/test_pack.py
+"""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, clean_environment, tiny_options
+
+import tools.pack
+import train_gpt
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "renamed.py"
+    assert tools.pack.main(["--out", str(path)]) == 0
+    return path
+
+
+def run_script(script: Path, arguments: list[str], cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *arguments], cwd=cwd, env=clean_environment(TMPDIR=cwd / "tmp"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def run_in_empty_folder(script: Path, arguments: list[str], folder: Path, ranks: int = 0) -> str:
+    (folder / "tmp").mkdir(parents=True)
+    done = run_script(script, arguments, folder, ranks)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (folder / "tmp").iterdir() if path.name.startswith("loopgolf-")], "left something behind"
+    return done.stdout
+
+
+def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
+    assert tools.pack.main(["--out", str(tmp_path / "again.py")]) == 0
+    assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
+    assert packed.stat().st_size < train_gpt.Config().code_reserve
+
+
+def test_what_main_never_reaches_stays_out(packed):
+    modules = tools.pack.load_counted()
+    assert {"train_gpt", "data.shards", "kernels.rans"} <= set(modules) and not any("tools" in name for name in modules)
+    tools.pack.keep_reachable(modules)
+    defined = {name for tree in modules.values() for line in tree.body for name in tools.pack.defined_by(line)}
+    assert {"main", "LoopedGPT", "decode_matrices", "read_shard"} <= defined and "write_shard" not in defined
+
+
+@pytest.mark.parametrize("recipe", ["4b7l", "pocket"])
+def test_it_plans_as_the_source_does(recipe, packed, tmp_path):
+    arguments = ["--recipe", recipe, "--dry_run", "--device", "cpu"]
+    source = run_in_empty_folder(ROOT / "train_gpt.py", arguments, tmp_path / "source")
+    assert run_in_empty_folder(packed, arguments, tmp_path / "packed") == source
+    assert source.startswith("params:")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
+    results = []
+    for name, script in (("source", ROOT / "train_gpt.py"), ("packed", packed)):
+        arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256)
+        run_in_empty_folder(script, arguments, tmp_path / name, ranks)
+        results.append(json.loads((tmp_path / name / "runs/r/result.json").read_text())["result"])
+    source, ours = results
+    assert ours["artifact_sha256"] == source["artifact_sha256"] and ours["val_bpb"] == source["val_bpb"]
+    assert ours["code_bytes"] == packed.stat().st_size and source["code_bytes"] == 1000
+    assert ours["total_bytes"] == ours["artifact_bytes"] + ours["code_bytes"]
+
+
+def test_bad_input_is_one_line(packed, tmp_path):
+    done = run_script(packed, ["--modeldim", "3"], tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: unknown option --modeldim (did you mean --model_dim?); see --help"
+    ]
+
+
+def test_a_damaged_script_does_not_start(packed, tmp_path):
+    content = bytearray(packed.read_bytes())
+    with zipfile.ZipFile(packed) as archive:
+        at = archive.getinfo("code").header_offset + 400
+    content[at] ^= 1
+    (tmp_path / "bad.py").write_bytes(content)
+    assert run_script(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path).returncode != 0
+
+
+def test_code_over_the_reserve_is_refused(tmp_path, capsys):
+    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--code_reserve", "9000"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "code_reserve=9000" in line and "train_gpt.py" in line and not list(tmp_path.iterdir())

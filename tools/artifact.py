@@ -1,0 +1,180 @@
+"""Looks into an artifact: what is in it, whether it is sound, what differs, and what a smaller limit would cost.
+
+Examples:
+    python -m tools.artifact show runs/ID/artifact.lg
+    python -m tools.artifact verify runs/ID/artifact.lg
+    python -m tools.artifact diff runs/A/artifact.lg runs/B/artifact.lg
+    python -m tools.artifact size runs/ID/artifact.lg --code train_gpt_packed.py
+    python -m tools.artifact fit runs/ID --byte_limit 1200000 --out small.lg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import train_gpt
+from data.shards import DataError
+from tools.plot import import_pyplot
+from tools.runlog import RunError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the table; bytes are its share of the compressed streams, by entropy."""
+
+    name: str
+    shape: str
+    bits: int
+    k: float
+    entropy: float
+    bytes: float
+
+
+def describe(path: Path) -> tuple[list[Row], train_gpt.Artifact]:
+    artifact = train_gpt.load_artifact(path)
+    layout = {entry["name"]: entry for entry in artifact.layout}
+    rows = []
+    for name, codes in artifact.raw.items():
+        if name.endswith(".step"):
+            continue
+        bits, step = layout[name]["bits"], artifact.raw.get(f"{name}.step")
+        shape = "x".join(map(str, codes.shape))
+        if step is None:
+            rows.append(Row(name, shape, bits, 0.0, 16.0, 2.0 * codes.numel()))
+            continue
+        counts = torch.bincount(codes.flatten().long() + 128, minlength=256).double().numpy()
+        entropy = train_gpt.compute_entropy(counts)
+        spread = (codes.float() * step.float()[:, None]).square().mean(1).sqrt()
+        k = float((step.float() * (2 ** (bits - 1) - 1) / spread.clamp_min(1e-12))[spread > 0].median())
+        rows.append(Row(name, shape, bits, k, entropy, entropy * codes.numel() / 8 + 2 * len(step)))
+    return sorted(rows, key=lambda row: -row.bytes), artifact
+
+
+def show(path: Path, picture: Path | None) -> None:
+    rows, artifact = describe(path)
+    total = sum(row.bytes for row in rows)
+    print(f"{'tensor':<24}{'shape':>12}{'bits':>6}{'k':>8}{'entropy':>9}{'bytes':>12}{'share':>8}")
+    for row in rows:
+        k = f"{row.k:.2f}" if row.k else "-"
+        print(f"{row.name:<24}{row.shape:>12}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
+              f"{row.bytes / total:>8.1%}")  # fmt: skip
+    for number, stream in enumerate(artifact.streams):
+        print(f"stream {number} codec:{stream['codec']} bytes:{stream['bytes']} raw_bytes:{stream['raw_bytes']}")
+    print(f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
+          f"sha256:{artifact.sha256}")  # fmt: skip
+    if picture:
+        draw_shares(rows, path, picture)
+        print(f"picture path:{picture}")
+
+
+def draw_shares(rows: list[Row], path: Path, picture: Path) -> None:
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
+    colors = ["#0072B2" if "blocks" in row.name else "#E69F00" if row.k else "#8A8A8A" for row in rows]
+    axes.barh([row.name for row in rows], [row.bytes / 1000 for row in rows], color=colors)
+    axes.invert_yaxis()
+    axes.set_xlabel("kilobytes (blue: blocks, orange: tables and their projections, grey: per-pass vectors)")
+    axes.set_title(f"where the bytes of {path.name} go", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.2)
+    figure.savefig(picture, dpi=130)
+
+
+def diff(path_a: Path, path_b: Path) -> int:
+    """Fields and tensors that differ; exit code 1 when any does."""
+    a, b = train_gpt.load_artifact(path_a), train_gpt.load_artifact(path_b)
+    lines = [f"config {n}: {a.stored[n]} | {b.stored[n]}" for n in a.stored if a.stored[n] != b.stored[n]]
+    for name in sorted(a.tensors.keys() | b.tensors.keys()):
+        x, y = a.tensors.get(name), b.tensors.get(name)
+        if x is None or y is None or x.shape != y.shape:
+            lines.append(f"tensor {name}: {x is not None and tuple(x.shape)} | {y is not None and tuple(y.shape)}")
+        elif not torch.equal(x, y):
+            change = float((x - y).norm() / y.norm().clamp_min(1e-12))
+            lines.append(f"tensor {name}: {(x != y).float().mean():.1%} of the weights differ, by {change:.2%} in norm")
+    print("\n".join(lines) or f"no difference (sha256 {'equal' if a.sha256 == b.sha256 else 'not equal'})")
+    return 1 if lines else 0
+
+
+def size(path: Path, code: Path | None, limit: int) -> int:
+    artifact_bytes = train_gpt.load_artifact(path).size
+    code_bytes = code.stat().st_size if code else train_gpt.Config().code_reserve
+    total = artifact_bytes + code_bytes
+    print(f"size code_bytes:{code_bytes} artifact_bytes:{artifact_bytes} total_bytes:{total} limit:{limit} "
+          f"left:{limit - total} fits:{'yes' if total <= limit else 'no'}")  # fmt: skip
+    return 0 if total <= limit else 3
+
+
+def fit(folder: Path, byte_limit: int, out: Path) -> None:
+    """Exports a finished run again from its checkpoint, as train_gpt.py would have with this limit."""
+    try:
+        config = train_gpt.Config(**json.loads((folder / "config.json").read_text()))
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        weights = saved["average"] or saved["optim"]["weights"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder}: not a finished run ({error.__class__.__name__}: {error})") from None
+    ctx = train_gpt.build_context(replace(config, compile="none"), {})
+    config = replace(config, byte_limit=byte_limit)
+    _, digest = train_gpt.load_tokenizer(config)
+    stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
+    model = train_gpt.build_model(config, ctx)
+    weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
+    hessians = train_gpt.collect_hessians(config, ctx, weights, stream)
+    tokenizer = dict(sha256=digest, vocab=config.vocab_size)
+    k_scale = train_gpt.plan_k_scale(config, model)
+    content = train_gpt.fit_artifact(config, model, weights, hessians, k_scale, tokenizer)
+    train_gpt.write_atomic(out, content)
+    room = byte_limit - config.code_reserve
+    share = f" of_limit:{(len(content) + config.code_reserve) / byte_limit:.4f}" if byte_limit else ""
+    print(f"fit path:{out} bytes:{len(content)} room:{room}{share}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("show", help="table of tensors, biggest first")
+    command.add_argument("artifact", type=Path)
+    command.add_argument("--picture", type=Path, help="draw the shares into this PNG")
+    command = commands.add_parser("verify", help="load it as a scorer would; exit code 4 when it is not sound")
+    command.add_argument("artifact", type=Path)
+    command = commands.add_parser("diff", help="what differs between two; exit code 1 when anything does")
+    command.add_argument("artifact", type=Path)
+    command.add_argument("other", type=Path)
+    command = commands.add_parser("size", help="code and artifact against the limit; exit code 3 when over")
+    command.add_argument("artifact", type=Path)
+    command.add_argument("--code", type=Path, help="packed script (default: the reserve of the config)")
+    command.add_argument("--byte_limit", type=int, default=train_gpt.Config().byte_limit)
+    command = commands.add_parser("fit", help="export a finished run again for another limit; exit code 3 if hopeless")
+    command.add_argument("run", type=Path)
+    command.add_argument("--byte_limit", type=int, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "show":
+            show(args.artifact, args.picture)
+        elif args.command == "verify":
+            artifact = train_gpt.load_artifact(args.artifact)
+            print(f"sound path:{args.artifact} bytes:{artifact.size} sha256:{artifact.sha256}")
+        elif args.command == "diff":
+            return diff(args.artifact, args.other)
+        elif args.command == "size":
+            return size(args.artifact, args.code, args.byte_limit)
+        else:
+            fit(args.run, args.byte_limit, args.out)
+    except (RunError, OSError, train_gpt.Stop, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RunError) else train_gpt.exit_code(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

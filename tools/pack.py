@@ -1,0 +1,160 @@
+"""Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
+it imports, without comments, docstrings and what main() never reaches, minified and compressed.
+
+The result is a zip application of two entries: a stub, and all modules as one LZMA stream. The stub unpacks them into
+a private temporary folder, because Triton and torch.compile read the source of what they compile, and calls main().
+The same code always gives the same bytes.
+
+Example:
+    python -m tools.pack --out packed.py
+    python packed.py --recipe 4b7l --dry_run
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import lzma
+import sys
+import zipfile
+from pathlib import Path
+
+import train_gpt
+
+ROOT = Path(train_gpt.__file__).resolve().parent
+ENTRY = "train_gpt"
+STUB = """import sys,os,json,lzma,atexit,shutil,tempfile
+archive,folder=sys.path[0],tempfile.mkdtemp(prefix="loopgolf-")
+atexit.register(shutil.rmtree,folder,True)
+for name,text in json.loads(lzma.decompress(__loader__.get_data("code"),lzma.FORMAT_RAW,filters=[%s])).items():
+ path=os.path.join(folder,name)
+ os.makedirs(os.path.dirname(path),exist_ok=True)
+ with open(path,"w",encoding="utf-8") as file: file.write(text)
+sys.path[0]=folder
+import train_gpt
+sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
+"""
+
+
+class PackError(Exception):
+    """Packing cannot go on: one line, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def find_module(name: str) -> Path | None:
+    """The file of a module of this repository."""
+    path = ROOT / (name.replace(".", "/") + ".py")
+    return path if path.is_file() else None
+
+
+def load_counted() -> dict[str, ast.Module]:
+    """The entry and every repository module that it imports, by dotted name."""
+    found, wanted = {}, [ENTRY]
+    while wanted:
+        name = wanted.pop()
+        if name in found or not (path := find_module(name)):
+            continue
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(found[name]):
+            if isinstance(node, ast.Import):
+                wanted += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                wanted += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return dict(sorted(found.items()))
+
+
+def names_in(node: ast.AST) -> set[str]:
+    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    used |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return used | {alias.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for alias in n.names}
+
+
+def defined_by(line: ast.stmt) -> set[str]:
+    """Names that a line at the top of a module binds, where nothing else depends on its being run."""
+    if isinstance(line, ast.FunctionDef | ast.ClassDef):
+        return {line.name}
+    if isinstance(line, ast.Import | ast.ImportFrom) and getattr(line, "module", "") != "__future__":
+        return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
+    targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
+    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+
+
+def keep_reachable(modules: dict[str, ast.Module]) -> None:
+    """Removes the definitions and imports that main() cannot reach, going by names alone: rather too many stay."""
+    lines = [line for tree in modules.values() for line in tree.body]
+    kept, wanted = set(), {"main"}
+    while wanted:
+        reached = [line for line in lines if id(line) not in kept and defined_by(line) & wanted]
+        kept |= {id(line) for line in reached}
+        wanted = set().union(*(names_in(line) for line in reached)) if reached else set()
+    for tree in modules.values():
+        tree.body = [line for line in tree.body if id(line) in kept or (isinstance(line, ast.ImportFrom | ast.Expr)
+                     and not defined_by(line))]  # fmt: skip
+
+
+def compress(raw: bytes) -> tuple[bytes, str]:
+    """The smallest of the settings that suit short text, and the filter that reads it."""
+    found = []
+    for lc, pb in ((lc, pb) for lc in range(5) for pb in range(3)):
+        settings = dict(id=lzma.FILTER_LZMA1, dict_size=1 << 20, lc=lc, lp=0, pb=pb)
+        strong = settings | dict(preset=9 | lzma.PRESET_EXTREME, nice_len=273, depth=1000)
+        found.append((lzma.compress(raw, lzma.FORMAT_RAW, filters=[strong]), settings))
+    packed, settings = min(found, key=lambda pair: len(pair[0]))
+    return packed, repr(settings).replace(" ", "")
+
+
+def minify(tree: ast.Module) -> str:
+    """Without docstrings, without the annotations that nothing reads (those of dataclass fields make the fields), and
+    with short names inside functions; every name that another line can see stays."""
+    try:
+        import python_minifier
+    except ImportError:
+        raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt", 2) from None
+    annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
+    return python_minifier.minify(
+        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False
+    )
+
+
+def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
+    """The script, and the size of each module's text in it."""
+    keep_reachable(modules)
+    files = {name.replace(".", "/") + ".py": minify(tree) for name, tree in modules.items()}
+    code, filters = compress(json.dumps(files, separators=(",", ":"), ensure_ascii=False).encode())
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (("__main__.py", (STUB % filters).encode()), ("code", code)):
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # or the packing system would show in the bytes
+            archive.writestr(entry, content)
+    return buffer.getvalue(), {name: len(text) for name, text in files.items()}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
+    args = parser.parse_args(argv)
+    try:
+        content, sizes = pack(load_counted())
+        largest = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])[:3])
+        if len(content) > args.code_reserve:
+            raise PackError(f"the packed code has {len(content)} bytes, more than code_reserve={args.code_reserve}; "
+                            f"characters before compression: {largest}", 3)  # fmt: skip
+        train_gpt.write_atomic(args.out, content)
+    except (PackError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{sum(sizes.values())} reserve:{args.code_reserve} "
+          f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
