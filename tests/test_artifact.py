@@ -249,9 +249,9 @@ def test_streams_that_do_not_decode_to_their_size(content, index):
         header["streams"][index]["bytes"] = len(packed)
         refuse(seal(header, [packed if i == index else s for i, s in enumerate(streams)]))
     for lie in (b"\0", bytes(1000)):  # a stream that is longer than its tensors, and a header that agrees with it
-        longer = zstandard.ZstdDecompressor().decompress(streams[index]) + lie
+        longer = bytes(n_raw) + lie
         packed = zstandard.ZstdCompressor().compress(longer)
-        header["streams"][index] |= dict(bytes=len(packed), raw_bytes=len(longer))
+        header["streams"][index] |= dict(codec="zstd", bytes=len(packed), raw_bytes=len(longer))
         refuse(seal(header, [packed if i == index else s for i, s in enumerate(streams)]))
     header["streams"][index]["raw_bytes"] = n_raw
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(n_raw))
