@@ -285,6 +285,25 @@ def test_fresh_weights_cover_every_parameter_and_follow_the_seed(changes):
     assert len(drawn) > 2 and all(not torch.equal(one[n], other[n]) for n in drawn)
 
 
+@torch.no_grad()
+def test_a_fresh_model_passes_its_embedding_through():
+    """Matrices that write to the stream start at zero, mixes keep the stream, so only skips add copies of it."""
+    config = tiny_config(plan="abc", skips="none", q_gain=1.25)
+    model, tokens = LoopedGPT(config), draw_tokens(config, 12)[None]
+    model.init_weights(1)
+    x = model.embed_tokens(tokens, torch.ones(1, 2, dtype=torch.long))
+    assert torch.equal(model(tokens), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
+    weights = dict(model.named_parameters())
+    assert weights["mixes"][:, 0].eq(1).all() and weights["mixes"][:, 1].eq(0).all()
+    assert weights["scales"].eq(1).all() and weights["value_scales"].eq(1).all()
+    assert weights["blocks.b.q_gain"].eq(1.25).all()
+    unet = LoopedGPT(tiny_config(plan="abc"))
+    unet.init_weights(1)
+    assert unet.skips.eq(1).all()
+    for part in weights["blocks.a.qkv.weight"].split(model.blocks["a"].qkv.parts):
+        torch.testing.assert_close(part @ part.T, torch.eye(len(part)), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_every_parameter_gets_a_gradient(changes):
     config = tiny_config(**changes)
