@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import signal
@@ -33,6 +34,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import sentencepiece
@@ -178,6 +180,8 @@ class Config(Stored):
             raise ConfigError(f"skips=unet needs a fixed plan, and {self.plan!r} has *r: use --skips none")
         if (n_passes := plan.count_passes(self.depth)) > 512:
             raise ConfigError(f"plan {self.plan!r} has {n_passes} passes; at most 512 are built")
+        if self.stride > self.seq_len:
+            raise ConfigError(f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds")
         for name in ("xsa_passes", "ve_passes"):
             parse_pass_set(name, getattr(self, name), len(self.passes))
         if unknown := set(self.ttt_freeze) - set(plan.names):
@@ -221,6 +225,8 @@ LIMITS = [  # what a stored config may ask for is bounded too: an artifact is in
     ("calibration_tokens", 0, BIG), ("export_reserve", 0, 0.5),
     ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
     ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
+    ("matrix_lr", 0, 1e9), ("table_lr", 0, 1e9), ("vector_lr", 0, 1e9), ("ttt_lr", 0, 1e9), ("weight_decay", 0, 1e9),
+    ("momentum", 0, 1), ("momentum_start", 0, 1), ("ttt_momentum", 0, 1), ("beta1", 0, 0.9999), ("beta2", 0, 0.9999),
     ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
 ]  # fmt: skip
 
@@ -287,7 +293,7 @@ def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict
     given |= on_line
     source |= dict.fromkeys(on_line, "cli")
     if given.get("resume"):
-        return resumed_config(given), source
+        return resumed_config(given), {n: "resume" if s == "default" else s for n, s in source.items()}
     recipe = given.get("recipe") or ("4b7l" if torch.cuda.is_available() else "pocket")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe={recipe}: choose from {', '.join(RECIPES)}{did_you_mean(recipe, RECIPES)}")
@@ -304,12 +310,12 @@ def resumed_config(given: dict[str, object]) -> Config:
     except (OSError, ValueError) as error:
         raise ConfigError(f"resume={folder}: no readable config.json there ({error.__class__.__name__})") from None
     free = {"resume", "run_id", "checkpoint_every_s", "log_every"}
+    kinds = {f.name: type(f.default) for f in fields(Config)}
+    if not isinstance(stored, dict) or {n: type(v) for n, v in stored.items()} != kinds:
+        raise ConfigError(f"resume={folder}: its config.json is damaged or from another version of this script")
     for name, value in given.items():
         if name not in free and stored.get(name) != value:
             raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored.get(name)}; leave it out")
-    known = {f.name for f in fields(Config)}
-    if set(stored) != known:
-        raise ConfigError(f"resume={folder}: its config.json is from another version of this script")
     return Config(**(stored | {n: v for n, v in given.items() if n in free} | {"run_id": folder.name}))
 
 
@@ -431,7 +437,7 @@ def parse_plan(text: str) -> Plan:
         at += 2
         digits = len(text[at:]) - len(text[at:].lstrip("0123456789"))
         count = text[at : at + max(digits, 1)]
-        if count != "r" and (not count.isdigit() or not 1 <= int(count[:9]) <= 256):
+        if count != "r" and (not 1 <= digits <= 3 or not 1 <= int(count) <= 256):
             fail("a count is a number from 1 to 256, or r", at)
         if count == "r" and any(g is not None and g.count == 0 for g in groups):
             fail("only one group can repeat r times", at)
@@ -472,15 +478,18 @@ class Log:
     """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.files = quiet, []
+        self.quiet, self.files, self.early = quiet, [], []  # early: lines from before there was a file
 
     def open(self, path: Path) -> None:
-        self.files += [] if self.quiet else [open(path, "a", encoding="utf-8")]  # noqa: SIM115 (open until the end)
+        if not self.quiet:
+            self.files.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115 (open until the end)
+            print(*self.early, sep="\n", end="\n" if self.early else "", file=self.files[-1], flush=True)
 
     def line(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
             sys.stdout.flush()
+            self.early += [] if self.files else [text]
             for file in self.files:
                 print(text, file=file, flush=True)
 
@@ -491,7 +500,7 @@ class Log:
 def format_value(value) -> str:
     """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("%", "%25").replace(" ", "%20").replace("\n", "%0A").replace("\t", "%09") or "-"
+    return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
 
 
 def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
@@ -1718,6 +1727,7 @@ class Progress:
 
     step: int = 0
     used_s: float = 0.0
+    step_s: float = 0.0  # the latest step, so that a resumed run knows how long the next one may take
 
 
 @dataclass(frozen=True)
@@ -1793,7 +1803,7 @@ def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx
         average.mean, average.count = state["average"], state["average_count"]
         torch.set_rng_state(state["random"].cpu())
         at = Progress(**state["at"])
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(
             f"{path}: not a checkpoint of this run ({error.__class__.__name__}); delete it to start over"
         ) from None
@@ -1861,6 +1871,7 @@ def train(
     at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
     warm_up(model, optim, config, ctx)
     budget, clock, saved_at = Budget(config), Clock(ctx, at.used_s), at.used_s
+    budget.recent.extend([at.step_s] if at.step_s else [])
     with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
@@ -1868,11 +1879,11 @@ def train(
             step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
             average.update(latents.weights, at.step, progress)
             loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
-            step_s, at.used_s, at.step = now - at.used_s, now, at.step + 1
-            budget.add_step(step_s)
+            at = Progress(at.step + 1, now, now - at.used_s)
+            budget.add_step(at.step_s)
             if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
                 ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
-                        step_ms=1000 * step_s, tokens_per_s=round(config.batch_tokens / step_s))  # fmt: skip
+                        step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
             bar.update(progress - bar.n)
             bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
             is_bad = not math.isfinite(loss)
@@ -2046,7 +2057,7 @@ def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
     stored = {n: v for n, v in load_artifact(config.score).stored.items() if n not in given}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(Path(config.score), config, ctx, val, tokenizer) | dict(seed=config.seed), ctx)
+    log_result(score_artifact(Path(config.score), config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
@@ -2058,6 +2069,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     folder = Path("runs") / config.run_id
     if config.resume:
         folder = Path(config.resume)
+        for cut_off in folder.glob(".*.part") if ctx.rank == 0 else ():
+            cut_off.unlink()  # what a killed process was writing
     elif ctx.rank == 0 and (folder / "config.json").exists():  # a late rank would see what rank 0 writes below
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val, tokenizer = load_validation(config, ctx)
@@ -2111,12 +2124,14 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
             score_only(config, ctx, {n for n, s in source.items() if s in ("cli", "env")})
         else:
             run(config, source, ctx)
+        if ctx.world > 1:
+            dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
         return 0
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough
     except (Stop, DataError, OSError) as error:
         if environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exit_code(error)
     except torch.OutOfMemoryError:
         print(

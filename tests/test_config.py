@@ -112,6 +112,9 @@ def test_wrong_values_in_the_environment_are_refused_too():
     (dict(model_dim=0), ("model_dim",)), (dict(num_heads=0), ("num_heads",)), (dict(vocab_size=1), ("vocab_size",)),
     (dict(num_kv_heads=0), ("num_kv_heads",)), (dict(seq_len=0), ("seq_len",)), (dict(depth=0), ("depth",)),
     (dict(core_bits=9), ("core_bits",)), (dict(edge_bits=1), ("edge_bits",)), (dict(stride=0), ("stride",)),
+    (dict(stride=33), ("stride", "seq_len")), (dict(matrix_lr=-1.0), ("matrix_lr",)), (dict(ttt_lr=-1.0), ("ttt_lr",)),
+    (dict(beta1=1.0), ("beta1",)), (dict(beta2=-0.1), ("beta2",)), (dict(momentum=-0.1), ("momentum",)),
+    (dict(ttt_momentum=-5.0), ("ttt_momentum",)), (dict(weight_decay=-0.1), ("weight_decay",)),
     (dict(warmdown=1.5), ("warmdown",)), (dict(loop_start=-0.1), ("loop_start",)), (dict(softcap=0.0), ("softcap",)),
     (dict(max_wallclock_seconds=0.0), ("max_wallclock_seconds",)), (dict(iterations=-1), ("iterations",)),
     (dict(ttt_chunk=0), ("ttt_chunk",)), (dict(score_batch=0), ("score_batch",)), (dict(log_every=0), ("log_every",)),
@@ -165,10 +168,17 @@ def test_resume_with_another_value_is_refused(stored_run):
     assert "plan" in refuse([f"--resume={stored_run}", *options(plan="aaaa")])
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"seed": 1}'])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "3", "{}", '{"seed": 1}'])
 def test_resume_needs_a_readable_config(stored_run, content):
     path = stored_run / "config.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
     assert "resume" in refuse([f"--resume={stored_run}"])
+
+
+@pytest.mark.parametrize("name, value", [("seed", "5"), ("plan", 3), ("model_dim", None), ("smear", "yes")])
+def test_resume_refuses_a_damaged_config(stored_run, name, value):
+    path = stored_run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refuse([f"--resume={stored_run}"])

@@ -7,6 +7,7 @@ Runs that are killed, or whose process matters, are processes; the others call m
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_every_log_line_reads_back(finished):
     assert {"run", "versions", "hardware", "config", "data", "model", "forecast", "clock", "train", "score"} <= {
         event for event, _ in found
     }
+    assert [pairs["split"] for pairs in events(text, "data")] == ["val", "train"]
     config = {pairs["name"]: pairs for pairs in events(text, "config")}
     assert (config["seed"]["value"], config["seed"]["source"]) == ("7", "cli")
     assert set(config) == set(json.loads((folder / "config.json").read_text()))
@@ -120,6 +122,61 @@ def test_the_seed_decides_the_artifact(finished, dataset, tmp_path, monkeypatch)
         assert (load_artifact(tmp_path / "runs" / name / "artifact.lg").sha256 == ours) is is_same
 
 
+STRUCK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt
+owner, name, left = {owner}, {name!r}, {calls}
+real = getattr(owner, name)
+def strike(*given, **named):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), {number})
+    return real(*given, **named)
+setattr(owner, name, strike)
+sys.exit(train_gpt.main(sys.argv[1:], dict(os.environ)))
+"""
+
+
+def run_struck(dataset: Path, cwd: Path, number: int, owner: str, name: str, calls: int) -> subprocess.CompletedProcess:
+    """A run in a process of its own that gets the signal `number` at the given call of a function."""
+    script = STRUCK.format(root=str(ROOT), owner=owner, name=name, calls=calls, number=int(number))
+    command = [sys.executable, "-c", script, *tiny_options(dataset, **RUN, checkpoint_every_s=1e-6)]
+    return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=120)
+
+
+MOMENTS = {
+    "in a step": ("train_gpt", "load_batch", 10, 9),
+    "before a checkpoint gets its name": ("os", "replace", 9, 6),  # two replaces are of other files
+    "after training": ("train_gpt", "score_artifact", 1, 24),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tmp_path, monkeypatch):
+    *place, step = MOMENTS[moment]
+    done = run_struck(dataset, tmp_path, signal.SIGKILL, *place)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["at"]["step"] == step
+    assert not (tmp_path / "runs/r/result.json").exists()
+    assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
+    ours, theirs = load_artifact(tmp_path / "runs/r/artifact.lg"), load_artifact(finished[0] / "artifact.lg")
+    assert ours.sha256 == theirs.sha256
+    result = json.loads((tmp_path / "runs/r/result.json").read_text())["result"]
+    assert (result["steps"], result["artifact_sha256"]) == (24, ours.sha256)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_saves_and_exits(number, finished, dataset, tmp_path, monkeypatch):
+    done = run_struck(dataset, tmp_path, number, "train_gpt", "load_batch", 6)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--resume runs/r" in done.stderr
+    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["at"]["step"] == 6
+    assert not (tmp_path / "runs/r/artifact.lg").exists()
+    assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
+    assert load_artifact(tmp_path / "runs/r/artifact.lg").sha256 == load_artifact(finished[0] / "artifact.lg").sha256
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_good_weights(dataset, tmp_path, monkeypatch, capsys):
     argv = tiny_options(dataset, **RUN | dict(matrix_lr=1e6, table_lr=1e6, vector_lr=1e6))
     assert call(argv, tmp_path, monkeypatch) == 1
@@ -140,6 +197,7 @@ BAD = {  # options, words of the message; the changes to the dataset are made by
     "unknown option": (dict(modle_dim=64), ["modle_dim", "did you mean --model_dim"]),
     "wrong type": (dict(iterations="many"), ["iterations=many"]),
     "impossible plan": (dict(plan="ab)"), ["character 3"]),
+    "plan of two lines": (dict(plan="a\nb"), ["character 2"]),
     "heads": (dict(num_heads=3), ["model_dim=32", "num_heads=3"]),
     "missing data": (dict(data_path="nowhere"), ["nowhere", "python -m data.localtext"]),
     "vocabulary of the tokenizer": (dict(vocab_size=400), ["400", "384", "tokenizer.model"]),
@@ -216,6 +274,17 @@ def test_resume_with_another_setting_changes_nothing(finished, monkeypatch, caps
     assert call(["--resume", "runs/r", "--seed=9"], folder.parent.parent, monkeypatch) == 2
     assert "seed=9" in capsys.readouterr().err
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+def test_a_damaged_checkpoint_is_one_line(finished, dataset, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0], tmp_path / "runs" / "r")
+    path = tmp_path / "runs/r/checkpoint.pt"
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"not a checkpoint" * 100):
+        path.write_bytes(damaged)
+        assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "checkpoint.pt" in line
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry_run"]])
