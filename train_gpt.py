@@ -137,8 +137,8 @@ class Config(Stored):
     embed_k: float = 20.0  # the same for the token embedding
     table_k: float = 20.0  # the same for the bigram and value tables
     k_scale: float = 0.0  # coarseness of all grids (0 = the finest that is useful, or as coarse as byte_limit needs)
-    calibration_tokens: int = 131072  # training tokens whose activations steer the rounding (0 = plain rounding)
-    export_reserve: float = 0.01  # fraction of a time budget that is kept for that; then time decides, not tokens
+    calibration_tokens: int = 131072  # training tokens that steer the rounding when byte_limit binds (0 = plain)
+    export_reserve: float = 0.01  # fraction of a time budget that is kept for them; then time decides, not tokens
     byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
     code_reserve: int = 24_000  # bytes that a run sets aside for the code
 
@@ -712,8 +712,7 @@ def settings_at(config: Config, progress: float) -> Settings:
 class Budget:
     """Decides before each step whether it may start and how far the run will be once it is done."""
 
-    def __init__(self, config: Config):
-        reserve = config.export_reserve if config.calibration_tokens else 0.0
+    def __init__(self, config: Config, reserve: float = 0.0):
         self.iterations, self.seconds = config.iterations, (1 - reserve) * config.max_wallclock_seconds
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
@@ -840,6 +839,11 @@ def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) ->
         middle = math.sqrt(low * high)
         low, high = (middle, high) if size_at(middle) > room else (low, middle)
     return high
+
+
+def is_limit_binding(config: Config, k_scale: float) -> bool:
+    """Whether the byte limit chose the grids."""
+    return not config.k_scale and k_scale > FINEST
 
 
 def plan_k_scale(config: Config, model: LoopedGPT) -> float:
@@ -1392,14 +1396,16 @@ def fit_artifact(
     def size_at(scale: float) -> int:
         return forecast_bytes(model, build_grids(config, model, scale), weights)
 
-    is_bound = size_at(k_scale) > room or (not config.k_scale and k_scale > FINEST)
-    extra = 0
+    is_bound = size_at(k_scale) > room or is_limit_binding(config, k_scale)
+    trained, extra = k_scale, 0
     for _ in range(6):
         if is_bound:
             k_scale = solve_k_scale(lambda scale: size_at(scale) + extra, int(0.998 * room), config)  # noqa: B023
         grids = build_grids(config, model, k_scale)
         bits = {name: grid.bits for name, grid in grids.items() if grid}
-        content = pack_artifact(config, quantize_weights(weights, grids, hessians), bits, tokenizer)
+        # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
+        stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
+        content = pack_artifact(config, stored, bits, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, len(content) - size_at(k_scale)
@@ -1870,7 +1876,9 @@ def train(
     latents.publish()
     at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
     warm_up(model, optim, config, ctx)
-    budget, clock, saved_at = Budget(config), Clock(ctx, at.used_s), at.used_s
+    calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
+    reserve = config.export_reserve if calibrates else 0.0
+    budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
     budget.recent.extend([at.step_s] if at.step_s else [])
     with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
         clock.start()
@@ -1899,7 +1907,7 @@ def train(
         # a calibration batch is only a forward pass: one that starts a step's length before the end is done in time
         deadline_s = config.max_wallclock_seconds - max(budget.recent, default=0.0)
         left = None if config.iterations else lambda: deadline_s - clock.read()
-        hessians = collect_hessians(config, ctx, averaged, stream, left)
+        hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
         at.used_s = clock.stop()
     save_checkpoint(folder, optim, average, at, ctx)
     return Trained(latents, averaged, hessians, k_scale, at)
