@@ -31,9 +31,10 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -88,8 +89,11 @@ class Stored:
     bigram_buckets: int = 10240  # rows of the hashed bigram table (0 = none)
     bigram_dim: int = 128  # width of the bigram table
     softcap: float = 30.0  # logits are squashed into plus or minus this
-    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding or sgd
+    doc_attention: bool = False  # attention stops at document boundaries
+    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
     stride: int = 64  # tokens that a sliding window scores
+    band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
+    ttt_windows: str = "banded"  # sgd: how tokens are scored, sliding or banded
     ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
     ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
     ttt_momentum: float = 0.9  # sgd: momentum
@@ -97,6 +101,9 @@ class Stored:
     ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
     ttt_clip: float = 1.0  # sgd: largest gradient norm
     ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
+    lora_rank: int = 8  # lora: rank of the adapters that each document gets
+    lora_chunk: int = 256  # lora: tokens of a document that are scored before its adapters learn from them
+    lora_lr: float = 0.01  # lora: learning rate of the adapters (Adam)
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,10 @@ class Config(Stored):
     byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
     code_reserve: int = 24_000  # bytes that a run sets aside for the code
 
-    also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, plain, sliding, sgd or none
+    also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, none or a score_mode
     score_tokens: int = 0  # score only this prefix of the validation tokens (0 = all)
     score_batch: int = 32  # windows in one forward pass of a rank while scoring
+    eval_budget: float = 600.0  # seconds for val_bpb: adaptation stops in time for the rest to be scored without it
 
     data_path: str = "data/fineweb_sp1024"  # dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model
     tokenizer_path: str = ""  # SentencePiece model (empty = tokenizer.model in data_path)
@@ -180,8 +188,9 @@ class Config(Stored):
             raise ConfigError(f"skips=unet needs a fixed plan, and {self.plan!r} has *r: use --skips none")
         if (n_passes := plan.count_passes(self.depth)) > 512:
             raise ConfigError(f"plan {self.plan!r} has {n_passes} passes; at most 512 are built")
-        if self.stride > self.seq_len:
-            raise ConfigError(f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds")
+        for name in ("stride", "band"):
+            if getattr(self, name) > self.seq_len:
+                raise ConfigError(f"{name}={getattr(self, name)} is more than a window of seq_len={self.seq_len} holds")
         for name in ("xsa_passes", "ve_passes"):
             parse_pass_set(name, getattr(self, name), len(self.passes))
         if unknown := set(self.ttt_freeze) - set(plan.names):
@@ -206,8 +215,9 @@ class Config(Stored):
 CHOICES = {
     "skips": ("none", "unet"),
     "average": ("none", "swa", "ema"),
-    "score_mode": ("plain", "sliding", "sgd"),
-    "also": ("trained", "averaged", "plain", "sliding", "sgd", "none"),
+    "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
+    "ttt_windows": ("sliding", "banded"),
+    "also": ("trained", "averaged", "plain", "sliding", "banded", "sgd", "lora", "none"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
     "compile": ("auto", "none", "block", "full"),
@@ -224,6 +234,7 @@ LIMITS = [  # what a stored config may ask for is bounded too: an artifact is in
     ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
     ("calibration_tokens", 0, BIG), ("export_reserve", 0, 0.5),
     ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
+    ("band", 0, 2**20), ("lora_rank", 1, 4096), ("lora_chunk", 1, 2**20), ("lora_lr", 0, 1e9), ("eval_budget", 0, 1e9),
     ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
     ("matrix_lr", 0, 1e9), ("table_lr", 0, 1e9), ("vector_lr", 0, 1e9), ("ttt_lr", 0, 1e9), ("weight_decay", 0, 1e9),
     ("momentum", 0, 1), ("momentum_start", 0, 1), ("ttt_momentum", 0, 1), ("beta1", 0, 0.9999), ("beta2", 0, 0.9999),
@@ -871,17 +882,19 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over the last `window` positions. q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are
-    the last T of the L positions."""
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
+    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
     if q.is_cuda:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         mask = None
-        if past or window < L:
+        if past or window < L or docs is not None:
             lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
             mask = (lag >= 0) & (lag < window)
+        if docs is not None:
+            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
         return y.transpose(1, 2).reshape(B, T, H * K)
     # On a CPU plain products in blocks of queries, which skip the keys that no query of the block may see, are several
@@ -893,11 +906,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         stop = min(start + 128, T)
         low, high = max(0, past + start - window + 1), past + stop
         rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
-        scores = torch.bmm(rows, k[:, :, low:high]).view(B * J, H // J, stop - start, high - low)
-        lag = torch.arange(past + start, past + stop, device=q.device)[:, None] - torch.arange(
-            low, high, device=q.device
-        )
-        scores = scores.float().masked_fill((lag < 0) | (lag >= window), -math.inf)
+        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        lag = torch.arange(past + start, past + stop, device=q.device)[:, None]
+        lag = lag - torch.arange(low, high, device=q.device)
+        hidden = (lag < 0) | (lag >= window)
+        if docs is not None:
+            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
+            hidden = hidden | other[:, None, None]
+        scores = scores.float().masked_fill(hidden, -math.inf)
         weights = scores.softmax(-1).to(v.dtype).view(B * J, -1, high - low)
         out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
     return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
@@ -918,8 +934,19 @@ class Linear(nn.Module):
         self.parts = parts
         self.weight = nn.Parameter(torch.empty(sum(parts), fan_in, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """lora: for each row of the batch an adapter of its own, (B, fan_in, R) and (B, R, fan_out)."""
+        y = F.linear(x, self.weight)
+        return y if lora is None else y + x @ lora[0].to(x.dtype) @ lora[1].to(x.dtype)
+
+
+class Reach(NamedTuple):
+    """How far a forward looks: rotations for all positions in sight, the attention window, documents if they matter."""
+
+    cos: Tensor  # (L, 1, half)
+    sin: Tensor
+    window: int
+    docs: Tensor | None  # (B, L) numbers of documents
 
 
 class Block(nn.Module):
@@ -935,18 +962,19 @@ class Block(nn.Module):
         self.down = Linear(config.mlp_dim, (D,), dtype)
         self.q_gain = nn.Parameter(torch.empty(self.heads))
 
-    def forward(self, x, x0, mix, scale, value, rotary, is_xsa: bool, past, window: int, keep: bool):
+    def forward(self, x, x0, mix, scale, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
         """x, x0 (B, T, D); mix, scale (2, D); value: added to the values, or None; past: keys and values of earlier
-        positions, or None. Returns x and, to keep, all keys and values."""
+        positions, or None; lora: adapters of the linear layers. Returns x and, to keep, all keys and values."""
         mix, scale = mix.to(x.dtype), scale.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        y, kept = self.attention(rms_norm(x), value, rotary, is_xsa, past, window, keep)
-        x = x + scale[0] * self.out(y)
-        return x + scale[1] * self.down(F.relu(self.up(rms_norm(x))).square()), kept
+        y, kept = self.attention(rms_norm(x), value, is_xsa, reach, past, keep, lora.get("qkv"))
+        x = x + scale[0] * self.out(y, lora.get("out"))
+        y = F.relu(self.up(rms_norm(x), lora.get("up"))).square()
+        return x + scale[1] * self.down(y, lora.get("down")), kept
 
-    def attention(self, x, value, rotary, is_xsa, past, window, keep):
+    def attention(self, x, value, is_xsa, reach, past, keep, lora):
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.qkv.parts, -1)
+        q, k, v = self.qkv(x, lora).split(self.qkv.parts, -1)
         if value is not None:
             v = v + value
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
@@ -954,9 +982,8 @@ class Block(nn.Module):
         if past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         kept = (k, v) if keep else None
-        cos, sin = rotary
-        q, k = rotate(q, cos[-T:], sin[-T:]), rotate(k, cos, sin)
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, window)
+        q, k = rotate(q, reach.cos[-T:], reach.sin[-T:]), rotate(k, reach.cos, reach.sin)
+        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, reach.window, reach.docs)
         if is_xsa:  # exclusive self attention: nothing along a position's own value
             y = y.view(B, T, self.kv_heads, -1, self.head_dim)
             unit = F.normalize(own, dim=-1).unsqueeze(3)
@@ -965,8 +992,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What a stream carries from one forward to the next: keys and values of every pass for the last window - 1
-    positions, and the two tokens that smear and bigram look back on."""
+    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
+    look back on two), keys and values of every pass for the last window - 1."""
 
     def __init__(self, window: int):
         self.window = window
@@ -1062,10 +1089,9 @@ class LoopedGPT(nn.Module):
                     fresh /= math.sqrt(2 * len(self.config.passes))
                 p.copy_(fresh)
 
-    def embed_tokens(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """(B, T) tokens and the (B, 2) tokens before them to (B, T, D). Nothing passes a BOS from left to right."""
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, 2 + T) tokens to (B, T, D): two are only looked back on. Nothing passes a BOS from left to right."""
         config = self.config
-        tokens = torch.cat((before, tokens), 1)
         is_start = tokens[:, 1:] == config.bos_id
         previous = torch.where(is_start, config.bos_id, tokens[:, :-1])
         x = self.embed(tokens[:, 1:])
@@ -1077,31 +1103,29 @@ class LoopedGPT(nn.Module):
         gate = torch.sigmoid(self.smear_gate).to(x.dtype)
         return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
 
-    def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (length, 1, half); the frequencies cover the whole range whatever part of a head rotates."""
         half = self.config.rope_dims // 2
         speed = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / max(half, 1))
         angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
 
-    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None) -> Tensor:
-        """States for tokens; a stream with a cache changes its shapes all the time and is not compiled whole."""
-        states = self.run_states if cache is None else LoopedGPT.states
-        return states(self, tokens, self.config.depth if depth is None else depth, cache)
+    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None, lora=None) -> Tensor:
+        return self.run_states(self, tokens, self.config.depth if depth is None else depth, cache, lora or {})
 
-    def states(self, tokens: Tensor, depth: int, cache: Cache | None) -> Tensor:
-        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (0: every group
-        once). With a cache the tokens continue its stream."""
-        config = self.config
+    def states(self, tokens: Tensor, depth: int, cache: Cache | None, lora: dict[str, dict]) -> Tensor:
+        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (0: every group once). With a
+        cache the tokens continue its stream. `lora` holds adapters by block and layer."""
+        config, T = self.config, tokens.shape[1]
         passes = self.plan.passes(depth, config.depth)
-        window = cache.window if cache else config.seq_len
-        before = (
-            cache.tokens if cache and cache.tokens is not None else tokens.new_full((len(tokens), 2), config.bos_id)
-        )
-        x0 = self.embed_tokens(tokens, before)
+        past = cache.length if cache else 0
+        start = tokens.new_full((len(tokens), 2), config.bos_id)
+        seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
+        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
+        reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
+        x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
         value = self.value_out(self.value(tokens)) if self.value_rows else None
-        rotary = self.rotary((cache.length if cache else 0) + tokens.shape[1], tokens.device, x.dtype)
         n_skips = len(passes) // 2 if config.skips == "unet" else 0
         entered, pushed = {}, []
         for index, p in enumerate(passes):
@@ -1112,9 +1136,9 @@ class LoopedGPT(nn.Module):
                 x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
             row = self.value_rows.get(p.slot)
             x, kept = self.run_block(
-                self.blocks[self.plan.names[p.block]], x, x0, self.mixes[p.slot], self.scales[p.slot],
-                None if row is None else self.value_scales[row].to(x.dtype) * value, rotary, p.slot in self.xsa,
-                cache.kept.get(index) if cache else None, window, cache is not None,
+                self.blocks[name := self.plan.names[p.block]], x, x0, self.mixes[p.slot], self.scales[p.slot],
+                None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
+                cache.kept.get(index) if cache else None, cache is not None, lora.get(name, {}),
             )  # fmt: skip
             if p.norm:
                 x = rms_norm(x)
@@ -1123,7 +1147,7 @@ class LoopedGPT(nn.Module):
             if cache:
                 cache.keep(index, kept)
         if cache:
-            cache.tokens = torch.cat((before, tokens), 1)[:, -2:]
+            cache.tokens = seen[:, -cache.window - 1 :]
         return rms_norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -1563,119 +1587,229 @@ class Score:
 class BpbMeter:
     """Sums of this rank; total() adds the ranks up."""
 
-    def __init__(self, counter: ByteCounter, ctx: RunContext):
-        self.counter, self.ctx = counter, ctx
-        self.sums = torch.zeros(3, dtype=torch.float64)
+    def __init__(self, counter: ByteCounter):
+        self.counter, self.sums = counter, torch.zeros(3, dtype=torch.float64)
 
-    def add(self, tokens: Tensor, windows: list[Window], log_probs: Tensor) -> None:
-        targets = torch.cat([tokens[w.first : w.stop] for w in windows])
-        previous = torch.cat([tokens[w.first - 1 : w.stop - 1] for w in windows])
-        picked = log_probs.gather(1, targets.to(log_probs.device)[:, None])
+    def add(self, tokens: Tensor, positions: Tensor, log_probs: Tensor) -> None:
+        """log_probs (n, V): what was predicted for tokens[positions]."""
+        targets, previous = tokens[positions], tokens[positions - 1]
+        nats = -log_probs.gather(1, targets.to(log_probs.device)[:, None]).double().sum().item()  # sync
         n_bytes = self.counter.count(previous.numpy(), targets.numpy())
-        self.sums += torch.tensor([-picked.double().sum().item(), len(targets), n_bytes], dtype=torch.float64)  # sync
+        self.sums += torch.tensor([nats, len(targets), n_bytes], dtype=torch.float64)
 
-    def total(self) -> Score:
-        nats, tokens, n_bytes = self.ctx.sum(self.sums.to(self.ctx.device)).tolist()
+    def total(self, ctx: RunContext) -> Score:
+        nats, tokens, n_bytes = ctx.sum(self.sums.to(ctx.device)).tolist()
         return Score(nats, round(tokens), round(n_bytes))
 
 
 class WindowScorer:
-    """Windows of seq_len inputs. Each scores its last `stride` targets, the first one all of its own: with a stride of
-    seq_len that is plain scoring, with a smaller one every target sees a long context."""
+    """Windows of `length` inputs that score their last `stride` targets, the first window all of its own. `plain`: the
+    windows do not overlap. `sliding`: short strides, so that every target sees a long context, many times the work.
+    `banded`: windows several times as long, in which a position attends to the last `band` ones only; they stream
+    through a cache, and every target sees a long context at about the price of plain.
 
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, stride: int):
-        self.model, self.config, self.ctx, self.stride = model.eval(), config, ctx, stride
+    A pass over the tokens consists of tracks that do not know of each other, a track of chunks: the windows of a chunk
+    are scored, then the scorer may observe them and adapt before the next chunk. Ranks share the windows of a chunk,
+    or, with is_per_document, the tracks."""
+
+    is_per_document = False
+    stretch = 5  # length of a banded window over seq_len: all but `band` of it is scored
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, layout: str):
+        self.model, self.config, self.ctx = model.eval(), config, ctx
+        L = config.seq_len
+        self.band = (config.band or L) if layout == "banded" else L
+        self.length, self.stride = (self.stretch * L,) * 2 if layout == "banded" else (L, L)
+        self.stride = {"plain": L, "sliding": config.stride, "banded": self.length - self.band}[layout]
+        self.lora: dict[str, dict] = {}
+        self.updates = self.skipped = 0  # adaptation: updates made, and updates that the time did not allow
+        self.update_s = 0.0  # seconds of the slowest update
 
     def windows(self, n_tokens: int) -> list[Window]:
-        length = self.config.seq_len
-        found = [Window(0, 1, min(length + 1, n_tokens))] if n_tokens > 1 else []
-        while found and found[-1].stop < n_tokens:
-            first = found[-1].stop
-            stop = min(first + self.stride, n_tokens)
-            found.append(Window(stop - 1 - min(length, stop - 1) if self.stride < length else first - 1, first, stop))
-        return found
+        firsts = [1, *range(1 + self.length, n_tokens, self.stride)] if n_tokens > 1 else []
+        stops = [*firsts[1:], n_tokens]
+        return [Window(max(0, a - 1 - self.length + self.stride), a, b) for a, b in zip(firsts, stops)]
 
-    def chunks(self, n_tokens: int) -> list[list[Window]]:
-        """Windows that are scored before the next call of observe."""
-        return [self.windows(n_tokens)]
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        return [[self.windows(len(tokens))]]
 
-    @torch.no_grad()
-    def log_probs(self, tokens: Tensor, windows: list[Window]) -> Tensor:
-        """(scored targets, V). Inputs are padded to one shape: what stands behind a token cannot change its states."""
-        inputs = torch.full((self.config.score_batch, self.config.seq_len), self.config.bos_id)
+    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
+        score_batch of them, are padded to one shape: what stands behind a token, or in another row, cannot change its
+        states."""
+        L = self.config.seq_len
+        inputs = torch.full((self.config.score_batch, self.length), self.config.bos_id)
         for row, w in zip(inputs, windows):
             row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
-        states = self.model(inputs.to(self.ctx.device))
-        scored = [states[i, w.first - 1 - w.start : w.stop - 1 - w.start] for i, w in enumerate(windows)]
-        return self.model.logits(torch.cat(scored)).log_softmax(-1)
+        inputs = inputs.to(self.ctx.device)
+        cache = Cache(self.band) if self.length > L or self.band < L else None
+        for at in range(0, max(w.stop - 1 - w.start for w in windows), L):
+            states = self.model(inputs[:, at : at + L], cache=cache, lora=self.lora)
+            begins = [w.start + at for w in windows]
+            spans = [range(max(w.first - 1, b), min(w.stop - 1, b + L)) for w, b in zip(windows, begins)]
+            if any(spans):
+                scored = [x[s.start - b :][: len(s)] for x, s, b in zip(states, spans, begins)]
+                yield torch.tensor([i + 1 for s in spans for i in s]), torch.cat(scored)
 
-    def observe(self, tokens: Tensor, done: float) -> None:
-        """The tokens of a chunk, the one before its first target included, now that all of them are scored."""
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
+        for positions, states in self.scored_states(tokens, windows):
+            yield positions, self.model.logits(states).log_softmax(-1)
 
-    def restore(self) -> None:
-        """Leaves the model as it was."""
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
+        """Adapts to a chunk, now that all of it is scored, but not beyond the time `until`. `done`: share of the
+        track that is scored."""
+
+    def reset(self) -> None:
+        """Forgets what was observed: the model is as it was."""
+
+    def warm_up(self) -> None:
+        """Compiles on made-up tokens what a pass needs, and leaves no trace."""
+        generator = torch.Generator().manual_seed(0)
+        count = 1 + max(self.length, self.config.ttt_batch * self.config.seq_len)
+        tokens = torch.randint(self.config.vocab_size, (count,), generator=generator)
+        tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
+        chunk = self.tracks(tokens)[0][0][: self.config.score_batch]
+        for _ in self.log_probs(tokens, chunk):
+            pass
+        self.observe(tokens, chunk, 0.0, math.inf)
+        self.reset()
+        self.updates, self.update_s = 0, 0.0
+
+    def is_late(self, until: float) -> bool:
+        late = torch.tensor(float(time.perf_counter() + 1.5 * self.update_s > until), device=self.ctx.device)
+        is_late = bool((late if self.is_per_document else self.ctx.sum(late)).item())  # sync
+        self.updates, self.skipped = self.updates + (not is_late), self.skipped + is_late
+        return is_late
 
 
 class SgdScorer(WindowScorer):
-    """Sliding windows, and after each chunk a few epochs of SGD on it. Every rank takes part in every update."""
+    """After each chunk a few epochs of SGD on it. Every rank takes part in every update."""
+
+    stretch = 2  # shorter windows, so that a chunk has some for every rank
 
     def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
-        super().__init__(model, config, ctx, config.stride)
+        super().__init__(model, config, ctx, config.ttt_windows)
         self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
-        self.latents = Latents(model, frozen=tuple(f"blocks.{name}." for name in config.ttt_freeze))
-        self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=config.ttt_momentum)
+        self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(self.frozen))
+        self.reset()
 
-    def chunks(self, n_tokens: int) -> list[list[Window]]:
-        groups: dict[int, list[Window]] = {}
-        for window in self.windows(n_tokens):
-            groups.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
-        return list(groups.values())
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        chunks: dict[int, list[Window]] = {}
+        for window in self.windows(len(tokens)):
+            chunks.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
+        return [list(chunks.values())]
 
-    def observe(self, tokens: Tensor, done: float) -> None:
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
         config, ctx = self.config, self.ctx
-        rows = (len(tokens) - 1) // config.seq_len
-        inputs = tokens[: rows * config.seq_len].view(rows, -1)
-        targets = tokens[1 : rows * config.seq_len + 1].view(rows, -1)
+        seen = tokens[chunk[0].first - 1 : chunk[-1].stop]
+        rows = (len(seen) - 1) // config.seq_len
+        inputs, targets = (seen[i : i + rows * config.seq_len].view(rows, -1).to(ctx.device) for i in (0, 1))
         self.sgd.param_groups[0]["lr"] = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
-        for _ in range(config.ttt_epochs):
-            for at in range(0, rows, config.ttt_batch):
-                batch = slice(at, min(at + config.ttt_batch, rows))
-                mine = slice(at + ctx.rank, batch.stop, ctx.world)
-                if len(inputs[mine]):
-                    loss = self.model.loss(inputs[mine].to(ctx.device), targets[mine].to(ctx.device))
-                    (loss * len(inputs[mine])).backward()
-                    self.latents.collect()
-                self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
-                self.sgd.step()
-                self.latents.flat_grad.zero_()
-                self.latents.publish()
-        self.model.zero_grad(set_to_none=True)
+        for at in [*range(0, rows, config.ttt_batch)] * config.ttt_epochs:
+            if self.is_late(until):
+                continue
+            started = time.perf_counter()
+            batch = slice(at, min(at + config.ttt_batch, rows))
+            mine = slice(at + ctx.rank, batch.stop, ctx.world)
+            if len(inputs[mine]):
+                (self.model.loss(inputs[mine], targets[mine]) * len(inputs[mine])).backward()
+                self.latents.collect()
+            self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
+            self.sgd.step()
+            self.latents.flat_grad.zero_()
+            self.latents.publish()
+            self.update_s = max(self.update_s, time.perf_counter() - started)
 
-    def restore(self) -> None:
+    def reset(self) -> None:
         load_weights(self.model, self.base)
+        self.latents = Latents(self.model, frozen=self.frozen)
+        self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=self.config.ttt_momentum)
+
+
+class LoraScorer(WindowScorer):
+    """Every document starts with fresh low-rank adapters on the linear layers of each block, and sees nothing of other
+    documents; after each chunk of it they take one step of Adam. Documents of similar length form a batch, in which
+    every row has adapters of its own."""
+
+    is_per_document = True
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+        super().__init__(model.requires_grad_(False), config, ctx, "plain")
+        self.band, self.stride = config.band or config.seq_len, min(config.lora_chunk, config.seq_len)
+        self.reset()
+
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        starts = sorted({0, *(tokens[:-1] == self.config.bos_id).nonzero().flatten().tolist()})
+        documents = []
+        for start, stop in zip(starts, [*(start + 1 for start in starts[1:]), len(tokens)]):
+            firsts = range(start + 1, stop, self.stride)
+            lead = self.length - self.stride
+            documents.append([Window(max(start, a - 1 - lead), a, min(a + self.stride, stop)) for a in firsts])
+        documents.sort(key=len, reverse=True)
+        size = self.config.score_batch
+        batches = [documents[i : i + size] for i in range(0, len(documents), size)]
+        # the longest first, so row i of every chunk belongs to the same document
+        return [[[d[i] for d in batch if i < len(d)] for i in range(len(batch[0]))] for batch in batches]
+
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
+        if self.is_late(until):
+            return
+        started = time.perf_counter()
+        positions, states = next(self.scored_states(tokens, chunk))
+        targets = tokens[positions].to(self.ctx.device)
+        # a sum over documents: the gradient of one does not depend on its neighbours
+        loss = F.cross_entropy(self.model.logits(states), targets, reduction="sum") / self.stride
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        self.update_s = max(self.update_s, time.perf_counter() - started)
+
+    def reset(self) -> None:
+        rows, rank = self.config.score_batch, self.config.lora_rank
+        generator = torch.Generator().manual_seed(0)
+        for name, block in self.model.blocks.items():
+            self.lora[name] = {}
+            for layer, linear in block.named_children():
+                fan_out, fan_in = linear.weight.shape
+                down = torch.randn(fan_in, rank, generator=generator).repeat(rows, 1, 1) / fan_in**0.5
+                up = torch.zeros(rows, rank, fan_out)
+                self.lora[name][layer] = tuple(t.to(self.ctx.device).requires_grad_() for t in (down, up))
+        weights = [t for layers in self.lora.values() for pair in layers.values() for t in pair]
+        self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
 
 
 def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
-    if mode == "sgd":
-        return SgdScorer(model, config, ctx)
-    return WindowScorer(model, config, ctx, config.stride if mode == "sliding" else config.seq_len)
+    adaptive = {"sgd": SgdScorer, "lora": LoraScorer}
+    return adaptive[mode](model, config, ctx) if mode in adaptive else WindowScorer(model, config, ctx, mode)
 
 
-def score_tokens(scorer: WindowScorer, tokens: Tensor, counter: ByteCounter, ctx: RunContext, name: str) -> Score:
-    """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it."""
-    meter = BpbMeter(counter, ctx)
-    chunks = scorer.chunks(len(tokens))
-    size = scorer.config.score_batch
-    with progress_bar(sum(len(chunk) for chunk in chunks), "window", f"scoring {name}", ctx.log) as bar:
-        for index, chunk in enumerate(chunks):
-            mine = chunk[ctx.rank :: ctx.world]
-            for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
-                meter.add(tokens, batch, scorer.log_probs(tokens, batch))
-                bar.update(min(len(batch) * ctx.world, bar.total - bar.n))
-            if index + 1 < len(chunks):
-                scorer.observe(tokens[chunk[0].first - 1 : chunk[-1].stop], done=index / len(chunks))
-    scorer.restore()
-    return meter.total()
+def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", deadline: float = math.inf) -> None:
+    """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it. Adaptation stops when
+    the rest, scored without it, would just be done by the deadline."""
+    ctx, size = scorer.ctx, scorer.config.score_batch
+    tracks = scorer.tracks(tokens)
+    if scorer.is_per_document:
+        tracks = tracks[ctx.rank :: ctx.world]
+    share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
+    left = sum(-(-len(chunk[share]) // size) for track in tracks for chunk in track)  # batches
+    done, spent = 0, 0.0
+    with progress_bar(left, "batch", f"scoring {name}", ctx.log) as bar:
+        for track in tracks:
+            for index, chunk in enumerate(track):
+                mine = chunk[share]
+                for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
+                    started = time.perf_counter()
+                    for positions, log_probs in scorer.log_probs(tokens, batch):
+                        meter.add(tokens, positions, log_probs)
+                    done, left, spent = done + 1, left - 1, spent + time.perf_counter() - started
+                    bar.update()
+                if index + 1 < len(track):
+                    scorer.observe(tokens, chunk, index / len(track), deadline - 1.2 * left * spent / max(done, 1))
+            scorer.reset()
 
 
 @dataclass(frozen=True)
@@ -1703,9 +1837,14 @@ def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
 def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
     """Score one mode and log it. `name` says which weights, where it is not the artifact."""
     started = time.perf_counter()
-    score = score_tokens(build_scorer(mode, model, config, ctx), val.tokens, val.counter, ctx, name or mode)
+    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
+    if ctx.compile != "none":
+        scorer.warm_up()
+    score_tokens(scorer, val.tokens, meter, name or mode, started + config.eval_budget)
+    score = meter.total(ctx)
+    adapted = dict(updates=scorer.updates, skipped=scorer.skipped) if mode in ("sgd", "lora") else {}
     ctx.log("score", what=name or "artifact", mode=mode, val_loss=f"{score.loss:.8f}", val_bpb=f"{score.bpb:.8f}",
-            tokens=score.tokens, bytes=score.bytes, eval_s=time.perf_counter() - started)  # fmt: skip
+            tokens=score.tokens, bytes=score.bytes, **adapted, eval_s=time.perf_counter() - started)  # fmt: skip
     return score
 
 
@@ -2038,7 +2177,9 @@ RESULT_FIELDS = [
     "bpb_averaged",
     "bpb_plain",
     "bpb_sliding",
+    "bpb_banded",
     "bpb_sgd",
+    "bpb_lora",
     "steps",
     "tokens",
     "train_s",

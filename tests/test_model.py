@@ -13,7 +13,7 @@ import torch
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from train_gpt import RECIPES, Cache, Config, LoopedGPT, softcap_logits
+from train_gpt import RECIPES, Cache, Config, LoopedGPT, Reach, softcap_logits
 
 
 def norm(x: Tensor) -> Tensor:
@@ -188,16 +188,15 @@ def test_a_token_changes_nothing_before_it(length):
 def test_the_embedding_does_not_look_across_a_document_start():
     config = tiny_config()
     model = tiny_model(config)
-    ours, theirs = torch.tensor([[7, 8, 9, 1, 20, 21, 22]]), torch.tensor([[30, 31, 32, 1, 20, 21, 22]])
-    before = torch.tensor([[40, 41]])
-    a, b = model.embed_tokens(ours, before), model.embed_tokens(theirs, before + 5)
-    assert torch.equal(a[:, 3:], b[:, 3:]) and not torch.equal(a[:, 2], b[:, 2])
-    start = torch.tensor([[1, 20, 21]])
-    assert torch.equal(model.embed_tokens(start, before), model.embed_tokens(start, torch.tensor([[99, 98]])))
-    assert torch.equal(model.embed_tokens(start, before), a[:, 3:6])
-    inside = torch.tensor([[20, 21]])
-    far, near = model.embed_tokens(inside, torch.tensor([[50, 41]])), model.embed_tokens(inside, before + 1)
-    same = model.embed_tokens(inside, before)
+
+    def embed(*tokens: int) -> torch.Tensor:
+        return model.embed_tokens(torch.tensor([tokens]))
+
+    ours, theirs = embed(40, 41, 7, 8, 9, 1, 20, 21, 22), embed(45, 46, 30, 31, 32, 1, 20, 21, 22)
+    assert torch.equal(ours[:, 3:], theirs[:, 3:]) and not torch.equal(ours[:, 2], theirs[:, 2])
+    assert torch.equal(embed(40, 41, 1, 20, 21), embed(99, 98, 1, 20, 21))
+    assert torch.equal(embed(40, 41, 1, 20, 21), ours[:, 3:6])
+    same, far, near = embed(40, 41, 20, 21), embed(50, 41, 20, 21), embed(41, 42, 20, 21)
     assert not torch.equal(same[:, 0], near[:, 0])
     assert torch.equal(same[:, 1], far[:, 1]), "two tokens back reach the first position only"
 
@@ -207,10 +206,10 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
     config = tiny_config(num_heads=4, rope_dims=4, num_kv_heads=2)
     model, x = tiny_model(config), torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3))
     value = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(4))
-    rotary = model.rotary(11, x.device, x.dtype)
+    reach = Reach(*model.rotary(11, x.device), 32, None)
 
     def along_own(is_xsa: bool) -> float:
-        y, kept = model.blocks["a"].attention(x, value, rotary, is_xsa, None, 32, True)
+        y, kept = model.blocks["a"].attention(x, value, is_xsa, reach, None, True, None)
         own = torch.nn.functional.normalize(kept[1], dim=-1).repeat_interleave(2, dim=2)
         return (y.view(2, 11, 4, 8) * own).sum(-1).abs().max().item()
 
@@ -218,7 +217,7 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
 
 
 @pytest.mark.parametrize("pieces", [[1] * 30, [7, 1, 13, 9], [29, 1], [30]])
-@pytest.mark.parametrize("changes", [{}, dict(plan="a(^bc~)*rd", skips="none", depth=2)])
+@pytest.mark.parametrize("changes", [{}, dict(plan="a(^bc~)*rd", skips="none", depth=2), dict(doc_attention=True)])
 @torch.no_grad()
 def test_a_cached_stream_equals_one_forward(pieces, changes):
     config = tiny_config(**changes)
@@ -248,6 +247,41 @@ def test_one_pass_sees_its_window_and_nothing_beyond(window):
     a, b = model(tokens, None, Cache(window))[0], model(changed, None, Cache(window))[0]
     differs = [t for t in range(20) if not torch.equal(a[t], b[t])]
     assert differs == list(range(5, 5 + window))
+
+
+@pytest.mark.parametrize("window", [32, 8])
+@torch.no_grad()
+def test_attention_stops_at_document_starts_where_the_config_says_so(window):
+    tokens = draw_tokens(tiny_config(), 30)[None]
+    tokens[tokens == 1] = 2
+    tokens[0, [9, 17]] = 1
+    changed = tokens.clone()
+    changed[0, 12] = 3
+    for stops in (False, True):
+        model = tiny_model(tiny_config(doc_attention=stops))
+        a, b = (model(t, cache=Cache(window))[0] for t in (tokens, changed))
+        differs = [t for t in range(30) if not torch.equal(a[t], b[t])]
+        assert (set(differs) <= set(range(12, 17))) == stops and 12 in differs
+        alone = model(tokens[:, 17:], cache=Cache(window))[0]
+        assert torch.allclose(alone, a[17:], atol=1e-5) == stops
+
+
+@torch.no_grad()
+def test_adapters_belong_to_their_row_and_do_nothing_at_zero():
+    config = tiny_config()
+    model, tokens = tiny_model(config), torch.stack([draw_tokens(config, 20, 1), draw_tokens(config, 20, 2)])
+    generator = torch.Generator().manual_seed(1)
+    for layer in ("qkv", "out", "up", "down"):
+        fan_out, fan_in = getattr(model.blocks["b"], layer).weight.shape
+        down = torch.randn(2, fan_in, 3, generator=generator)
+        up = torch.randn(2, 3, fan_out, generator=generator)
+        up[0] = 0
+        with_lora, base = model(tokens, lora={"b": {layer: (down, up)}}), model(tokens)
+        torch.testing.assert_close(with_lora[0], base[0], atol=1e-5, rtol=0)
+        assert (with_lora[1] - base[1]).abs().max() > 0.01
+        merged = tiny_model(config)
+        getattr(merged.blocks["b"], layer).weight += (down[1] @ up[1]).T
+        torch.testing.assert_close(with_lora[1], merged(tokens)[1], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -291,7 +325,7 @@ def test_a_fresh_model_passes_its_embedding_through():
     config = tiny_config(plan="abc", skips="none", q_gain=1.25)
     model, tokens = LoopedGPT(config), draw_tokens(config, 12)[None]
     model.init_weights(1)
-    x = model.embed_tokens(tokens, torch.ones(1, 2, dtype=torch.long))
+    x = model.embed_tokens(torch.nn.functional.pad(tokens, (2, 0), value=1))
     assert torch.equal(model(tokens), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
     weights = dict(model.named_parameters())
     assert weights["mixes"][:, 0].eq(1).all() and weights["mixes"][:, 1].eq(0).all()

@@ -5,7 +5,6 @@ float32 on a CPU: pytest tests/test_scoring.py
 """
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,11 +17,11 @@ from hypothesis import strategies as st
 from train_gpt import (
     BpbMeter,
     ByteCounter,
+    Cache,
     RunContext,
     Score,
     SgdScorer,
     TokenStream,
-    Window,
     WindowScorer,
     build_scorer,
     score_tokens,
@@ -52,107 +51,131 @@ def tokens(dataset) -> torch.Tensor:
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
-
-def plan_windows(kind: type, config, stride: int) -> WindowScorer:
-    scorer = object.__new__(kind)
-    scorer.config, scorer.stride = config, stride
-    return scorer
+MODES = ("plain", "sliding", "banded", "sgd", "lora")
 
 
-@given(st.integers(0, 500), st.integers(2, 40), st.integers(1, 40), st.integers(2, 200), st.integers(1, 5),
-       st.sampled_from([WindowScorer, SgdScorer]))  # fmt: skip
-def test_every_target_is_scored_exactly_once(n_tokens, seq_len, stride, chunk, world, kind):
-    stride = min(stride, seq_len)
-    config = tiny_config(seq_len=seq_len, batch_tokens=seq_len, stride=stride, ttt_chunk=chunk)
-    chunks = plan_windows(kind, config, stride).chunks(n_tokens)
-    windows = [window for chunk in chunks for window in chunk]
-    assert [t for w in windows for t in range(w.first, w.stop)] == list(range(1, n_tokens)), "once, left to right"
+def plan_tracks(mode: str, config, tokens) -> tuple[WindowScorer, list]:
+    scorer = build_scorer(mode, MODEL, config, tiny_context())
+    return scorer, scorer.tracks(tokens)
+
+
+MODEL = tiny_model(tiny_config(model_dim=4, num_heads=1, rope_dims=0))
+
+
+@given(st.integers(0, 500), st.integers(2, 40), st.integers(1, 40), st.integers(2, 200), st.integers(1, 40),
+       st.sampled_from(MODES), st.sampled_from(["sliding", "banded"]))  # fmt: skip
+def test_every_target_is_scored_exactly_once(n_tokens, seq_len, stride, chunk, band, mode, layout):
+    config = tiny_config(seq_len=seq_len, batch_tokens=seq_len, stride=min(stride, seq_len), ttt_chunk=chunk,
+                         band=min(band, seq_len), lora_chunk=min(chunk, seq_len), ttt_windows=layout)  # fmt: skip
+    tokens = torch.where(torch.arange(n_tokens) % 17 == chunk % 17, 1, 7)
+    scorer, tracks = plan_tracks(mode, config, tokens)
+    windows = [window for track in tracks for chunk in track for window in chunk]
+    if mode != "lora":
+        assert [t for w in windows for t in range(w.first, w.stop)] == list(range(1, n_tokens)), "once, left to right"
+    assert sorted(t for w in windows for t in range(w.first, w.stop)) == list(range(1, n_tokens))
     for w in windows:
-        assert 0 <= w.start < w.first < w.stop <= n_tokens and w.stop - 1 - w.start <= seq_len
-        if stride < seq_len:
-            assert w.first - w.start >= min(w.first, seq_len - stride + 1) or w.start == 0, "a long context"
-    shared = [sorted(w for rank in range(world) for w in chunk[rank::world]) for chunk in map(as_tuples, chunks)]
-    assert shared == [as_tuples(chunk) for chunk in chunks]
+        assert 0 <= w.start < w.first < w.stop <= n_tokens and w.stop - 1 - w.start <= scorer.length
+        context = w.first - w.start
+        if mode == "lora":
+            assert 1 not in tokens[w.start + 1 : w.stop - 1], "one document"
+            assert tokens[w.start] == 1 or w.start == 0 or context == 1 + scorer.length - scorer.stride
+        elif scorer.stride < scorer.length:
+            assert context == min(w.first, 1 + scorer.length - scorer.stride), "a long context"
 
 
-def as_tuples(windows: list[Window]) -> list[tuple[int, int, int]]:
-    return [(w.start, w.first, w.stop) for w in windows]
-
-
-@given(st.integers(2, 500), st.integers(2, 120))
-def test_chunks_follow_each_other_and_have_their_size(n_tokens, size):
-    chunks = plan_windows(SgdScorer, tiny_config(ttt_chunk=size), 8).chunks(n_tokens)
+@given(st.integers(2, 500), st.integers(2, 120), st.sampled_from(["sliding", "banded"]))
+def test_chunks_follow_each_other_and_have_their_size(n_tokens, size, layout):
+    (chunks,) = plan_tracks("sgd", tiny_config(ttt_chunk=size, ttt_windows=layout), torch.zeros(n_tokens))[1]
     for before, after in pairwise(chunks):
         assert before[-1].stop == after[0].first
     assert all((w.first - 1) // size == (chunk[0].first - 1) // size for chunk in chunks for w in chunk)
 
 
+def test_documents_of_a_batch_keep_their_rows():
+    tokens = torch.full((400,), 7)
+    tokens[[0, 10, 130, 200, 270]] = 1
+    tracks = plan_tracks("lora", tiny_config(lora_chunk=16, score_batch=4), tokens)[1]
+    assert [len(track[0]) for track in tracks] == [4, 1]
+    for track in tracks:
+        for earlier, later in pairwise(track):
+            assert [a.stop for a in earlier[: len(later)]] == [b.first for b in later]
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
+def score(mode: str, model, config, ctx: RunContext, tokens: torch.Tensor, counter) -> Score:
+    meter = BpbMeter(counter)
+    score_tokens(build_scorer(mode, model, config, ctx), tokens, meter)
+    return meter.total(ctx)
+
+
 @torch.no_grad()
-def score_one_by_one(model, tokens: torch.Tensor, seq_len: int, stride: int) -> list[float]:
-    """Nats per target, each from a forward of its own over the inputs that the rule gives it: the first seq_len targets
-    from the beginning, then blocks of `stride` targets whose last one sees seq_len tokens."""
+def score_one_by_one(model, tokens: torch.Tensor, length: int, stride: int, band: int) -> list[float]:
+    """Nats per target, each from a forward of its own over the inputs that the rule gives it: the first `length` targets
+    from the beginning, then blocks of `stride` targets whose last one sees `length` tokens, `band` of them at a time."""
     nats = []
     for t in range(1, len(tokens)):
-        if stride == seq_len:
-            start = (t - 1) // seq_len * seq_len
-        elif t <= seq_len:
-            start = 0
-        else:
-            block = (t - 1 - seq_len) // stride
-            start = min(seq_len + (block + 1) * stride, len(tokens) - 1) - seq_len
-        logits = model.logits(model(tokens[None, start:t])[:, -1])
+        start = 0 if t <= length else (1 + (t - 1 - length) // stride) * stride
+        logits = model.logits(model(tokens[None, start:t], cache=Cache(band))[:, -1])
         nats.append(-logits[0].double().log_softmax(-1)[tokens[t]].item())
     return nats
 
 
-@pytest.mark.parametrize("mode, stride", [("plain", 32), ("sliding", 8), ("sliding", 5)])
-@pytest.mark.parametrize("length", [33, 97, 110])
-def test_scores_are_those_of_one_forward_per_token(mode, stride, length, tokens, counter):
-    config = tiny_config(stride=stride)
+CASES = [
+    ("plain", {}, (32, 32, 32)), ("sliding", dict(stride=8), (32, 8, 32)), ("sliding", dict(stride=5), (32, 5, 32)),
+    ("banded", {}, (160, 128, 32)), ("banded", dict(band=20), (160, 140, 20)),
+    ("sliding", dict(stride=8, doc_attention=True), (32, 8, 32)),
+    ("banded", dict(band=20, doc_attention=True), (160, 140, 20)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, changes, rule", CASES)
+@pytest.mark.parametrize("length", [33, 97, 333])
+def test_scores_are_those_of_one_forward_per_token(mode, changes, rule, length, tokens, counter):
+    config = tiny_config(**changes)
     model, part = tiny_model(config), tokens[:length]
-    found = score_tokens(build_scorer(mode, model, config, tiny_context()), part, counter, tiny_context(), mode)
-    nats = score_one_by_one(model, part, 32, stride)
+    found = score(mode, model, config, tiny_context(), part, counter)
+    nats = score_one_by_one(model, part, *rule)
     assert found.tokens == len(nats) == length - 1
     assert found.nats == pytest.approx(sum(nats), rel=1e-6)
     assert found.bytes == counter.count(part[:-1].numpy(), part[1:].numpy())
 
 
-@pytest.mark.parametrize("mode", ["plain", "sliding"])
+@pytest.mark.parametrize("mode", ["plain", "sliding", "banded", "lora"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_parts_of_the_ranks_add_up(mode, world, tokens, counter):
     config = tiny_config()
     model = tiny_model(config)
-
-    def score(ctx: RunContext) -> Score:
-        return score_tokens(build_scorer(mode, model, config, ctx), tokens, counter, ctx, mode)
-
-    whole, parts = score(tiny_context()), [score(lonely(rank, world)) for rank in range(world)]
+    whole = score(mode, model, config, tiny_context(), tokens, counter)
+    parts = [score(mode, model, config, lonely(rank, world), tokens, counter) for rank in range(world)]
     assert sum(p.tokens for p in parts) == whole.tokens == len(tokens) - 1
     assert sum(p.bytes for p in parts) == whole.bytes
-    assert sum(p.nats for p in parts) == pytest.approx(whole.nats, rel=1e-7)
+    assert sum(p.nats for p in parts) == pytest.approx(whole.nats, rel=1e-7 if mode != "lora" else 1e-5)
 
 
+@pytest.mark.parametrize("mode", ["sliding", "banded", "lora"])
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_the_batch_of_windows_does_not_matter(batch, tokens, counter):
+def test_the_batch_of_windows_does_not_matter(mode, batch, tokens, counter):
     model = tiny_model(tiny_config())
-    found = []
-    for size in (4, batch):
-        scorer = build_scorer("sliding", model, tiny_config(score_batch=size), tiny_context())
-        found.append(score_tokens(scorer, tokens[:120], counter, tiny_context(), "x").nats)
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    found = [score(mode, model, tiny_config(score_batch=size), tiny_context(), tokens[:200], counter).nats
+             for size in (4, batch)]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], rel=1e-6 if mode != "lora" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_probabilities_sum_to_one(dtype, tokens):
+@pytest.mark.parametrize("mode", ["sliding", "banded"])
+def test_probabilities_sum_to_one(dtype, mode, tokens):
     config = tiny_config()
-    scorer = build_scorer("sliding", tiny_model(config).to(dtype), config, tiny_context())
-    windows = scorer.windows(100)[:4]
-    log_probs = scorer.log_probs(tokens[:100], windows)
-    assert log_probs.shape == (windows[3].stop - 1, config.vocab_size)
-    torch.testing.assert_close(log_probs.double().exp().sum(-1), torch.ones(len(log_probs)).double(), rtol=0, atol=1e-5)
+    scorer = build_scorer(mode, tiny_model(config).to(dtype), config, tiny_context())
+    windows = scorer.windows(len(tokens))[:4]
+    seen = []
+    for positions, log_probs in scorer.log_probs(tokens, windows):
+        assert log_probs.shape == (len(positions), config.vocab_size)
+        sums = log_probs.double().exp().sum(-1)
+        torch.testing.assert_close(sums, torch.ones(len(positions)).double(), rtol=0, atol=1e-5)
+        seen += positions.tolist()
+    assert sorted(seen) == list(range(1, windows[-1].stop))
 
 
 def test_bits_per_byte():
@@ -161,10 +184,10 @@ def test_bits_per_byte():
 
 
 def test_the_meter_counts_what_it_is_given(counter, tokens):
-    meter, part = BpbMeter(counter, tiny_context()), tokens[:50]
-    for windows in ([Window(0, 1, 20), Window(5, 20, 30)], [Window(10, 30, 50)]):
-        meter.add(part, windows, torch.full((sum(w.stop - w.first for w in windows), 384), -math.log(384)))
-    found = meter.total()
+    meter, part = BpbMeter(counter), tokens[:50]
+    for positions in (torch.arange(1, 30), torch.arange(30, 50).flip(0)):
+        meter.add(part, positions, torch.full((len(positions), 384), -math.log(384)))
+    found = meter.total(tiny_context())
     assert found.tokens == 49 and found.loss == pytest.approx(math.log(384))
     assert found.bytes == counter.count(part[:-1].numpy(), part[1:].numpy())
 
@@ -207,95 +230,118 @@ def test_control_tokens_have_no_bytes(counter):
 
 # --- test-time training -----------------------------------------------------------------------------------------------
 
-
-def record(config, tokens: torch.Tensor, counter, seed: int = 1):
-    """Scores with adaptation; log-probabilities of every target in order, and what happened when."""
-    scorer = build_scorer("sgd", tiny_model(config, seed), config, tiny_context())
-    rows, story = [], []
-    log_probs, observe = scorer.log_probs, scorer.observe
-
-    def score(tokens, windows):
-        rows.append(log_probs(tokens, windows))
-        story.append(("scored", windows[-1].stop))
-        return rows[-1]
-
-    def adapt(seen, done):
-        story.append(("adapted", seen.clone(), done))
-        observe(seen, done)
-
-    scorer.log_probs, scorer.observe = score, adapt
-    found = score_tokens(scorer, tokens, counter, tiny_context(), "sgd")
-    return found, torch.cat(rows), story, scorer
+ADAPT = dict(ttt_chunk=64, ttt_epochs=2, ttt_lr=0.5, ttt_clip=5.0, lora_chunk=16, lora_lr=0.3)
+KINDS = {
+    "sgd, sliding": ("sgd", dict(ttt_windows="sliding")), "sgd, banded": ("sgd", dict(ttt_windows="banded", band=12)),
+    "lora": ("lora", {}), "lora, band": ("lora", dict(band=12)),
+}  # fmt: skip
 
 
-ADAPT = dict(ttt_chunk=64, ttt_epochs=2, ttt_lr=0.5, ttt_clip=5.0)
+class Recorder:
+    """A meter that keeps every distribution, and in which order positions were scored."""
+
+    def __init__(self, n_tokens: int):
+        self.rows, self.order = torch.full((n_tokens, 384), math.nan), []
+
+    def add(self, tokens, positions, log_probs) -> None:
+        assert self.rows[positions].isnan().all(), "once"
+        self.rows[positions] = log_probs
+        self.order += positions.tolist()
 
 
+def record(kind: str, tokens: torch.Tensor, deadline: float = math.inf, **changes):
+    """The distribution of every target under adaptation, and what happened when."""
+    mode, settings = KINDS[kind]
+    config = tiny_config(**ADAPT | settings | changes)
+    scorer, meter, story = build_scorer(mode, tiny_model(config), config, tiny_context()), Recorder(len(tokens)), []
+    observe = scorer.observe
+
+    def adapt(tokens, chunk, done, until):
+        assert all(w.stop - 1 in meter.order and w.first in meter.order for w in chunk), "scored before it is learnt"
+        story.append((chunk, done))
+        observe(tokens, chunk, done, until)
+
+    scorer.observe = adapt
+    score_tokens(scorer, tokens, meter, deadline=deadline)
+    assert not meter.rows[1:].isnan().any()
+    return meter.rows, story, scorer
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at", [3, 100, 129, 200, 300])
-def test_later_tokens_cannot_change_earlier_scores(at, tokens, counter):
+def test_later_tokens_cannot_change_earlier_scores(kind, at, tokens):
     changed = tokens.clone()
     changed[at:] = changed[at:].flip(0)
     changed[at] = (tokens[at] + 7) % 384
-    _, before, _, _ = record(tiny_config(**ADAPT), tokens, counter)
-    _, after, _, _ = record(tiny_config(**ADAPT), changed, counter)
-    assert len(before) == len(tokens) - 1
-    assert torch.equal(before[:at], after[:at]), "the distributions of targets 1 to `at`"
-    assert not torch.equal(before[at:], after[at:])
+    before, after = record(kind, tokens)[0], record(kind, changed)[0]
+    assert torch.equal(before[1 : at + 1], after[1 : at + 1]), "the distributions of targets 1 to `at`"
+    assert not torch.equal(before[at + 1 :], after[at + 1 :])
 
 
-def test_adaptation_changes_later_scores_only(tokens, counter):
-    still, frozen_rows, _, _ = record(tiny_config(**ADAPT | dict(ttt_lr=0.0)), tokens, counter)
-    moved, rows, _, _ = record(tiny_config(**ADAPT), tokens, counter)
-    config = tiny_config()
-    scorer = build_scorer("sliding", tiny_model(config), config, tiny_context())
-    assert score_tokens(scorer, tokens, counter, tiny_context(), "x").nats == pytest.approx(still.nats, rel=1e-7)
-    same = (rows == frozen_rows).all(1)
-    assert same[:64].all() and not same[80:].any()
-    assert (moved.tokens, moved.bytes) == (still.tokens, still.bytes)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptation_changes_later_scores_only(kind, tokens):
+    tokens = tokens.where(tokens != 1, 9)  # one document
+    still, moved = record(kind, tokens, ttt_lr=0.0, lora_lr=0.0)[0], record(kind, tokens)[0]
+    same = (still == moved).all(1)
+    first = 64 if "sgd" in kind else 16
+    assert same[1 : first + 1].all() and not same[first + 33 :].any()
+    if kind == "sgd, sliding":
+        config, meter = tiny_config(**ADAPT), Recorder(len(tokens))
+        score_tokens(build_scorer("sliding", tiny_model(config), config, tiny_context()), tokens, meter)
+        torch.testing.assert_close(meter.rows[1:], still[1:], rtol=0, atol=1e-5)
 
 
-def test_a_chunk_is_scored_before_it_is_learnt_and_the_last_one_never_is(tokens, counter):
-    _, _, story, scorer = record(tiny_config(**ADAPT), tokens, counter)
-    scored = position = 0
-    for kind, *what in story:
-        if kind == "scored":
-            scored = what[0]
-            continue
-        seen, done = what
-        assert torch.equal(seen, tokens[position : position + len(seen)]), "chunk after chunk, without a gap"
-        position += len(seen) - 1
-        assert position + 1 <= scored and 0.0 <= done < 1.0
-    n_chunks = len(scorer.chunks(len(tokens)))
-    assert n_chunks > 4 and sum(kind == "adapted" for kind, *_ in story) == n_chunks - 1
-    assert story[-1][0] == "scored" and story[-1][1] == len(tokens)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_chunk_but_the_last_is_learnt(kind, tokens):
+    _, story, scorer = record(kind, tokens)
+    tracks = scorer.tracks(tokens)
+    assert [chunk for chunk, _ in story] == [chunk for track in tracks for chunk in track[:-1]] and len(story) > 2
+    assert all(0.0 <= done < 1.0 for _, done in story) and scorer.updates > 2 and not scorer.skipped
 
 
-def test_the_weights_come_back_bit_by_bit(tokens, counter):
-    config = tiny_config(**ADAPT)
-    before = tiny_model(config).state_dict()
-    first, _, _, scorer = record(config, tokens, counter)
+def test_documents_know_nothing_of_each_other(tokens):
+    at = 120
+    tokens = tokens.where(torch.arange(len(tokens)) != at, 1)
+    changed = torch.cat((tokens[:at].flip(0), tokens[at:]))
+    before, after = record("lora", tokens, score_batch=64)[0], record("lora", changed, score_batch=64)[0]
+    torch.testing.assert_close(before[at + 1 :], after[at + 1 :], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_come_back_bit_by_bit(kind, tokens):
+    rows, _, scorer = record(kind, tokens)
+    before = tiny_model(scorer.config).state_dict()
     assert all(torch.equal(p, before[n]) for n, p in scorer.model.state_dict().items())
-    again = score_tokens(build_scorer("sgd", scorer.model, config, tiny_context()), tokens, counter, tiny_context(), "x")
-    assert again == first
+    again = Recorder(len(tokens))
+    scorer.warm_up()
+    score_tokens(scorer, tokens, again)
+    assert torch.equal(again.rows[1:], rows[1:]), "a warm-up and an earlier pass leave no trace"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_time_everything_is_scored_and_nothing_learnt(kind, tokens):
+    rows, story, scorer = record(kind, tokens, deadline=-math.inf)
+    assert scorer.updates == 0 and scorer.skipped >= len(story) > 2
+    assert torch.equal(rows[1:], record(kind, tokens, ttt_lr=0.0, lora_lr=0.0)[0][1:])
 
 
 def test_frozen_blocks_stay_and_the_others_adapt(tokens):
-    config = replace(tiny_config(**ADAPT), ttt_freeze="a")
+    config = tiny_config(**ADAPT, ttt_freeze="a")
     model = tiny_model(config)
     before = {n: p.clone() for n, p in model.state_dict().items()}
     scorer = SgdScorer(model, config, tiny_context())
-    scorer.observe(tokens[:65], done=0.0)
+    scorer.observe(tokens, scorer.tracks(tokens)[0][0], 0.0, math.inf)
     moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert moved and not any(n.startswith("blocks.a.") for n in moved)
     assert {"blocks.b.up.weight", "embed.weight", "mixes"} <= moved
     assert all(p.grad is None for p in model.parameters())
-    scorer.restore()
+    scorer.reset()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
-def test_the_learning_rate_of_adaptation_falls_as_a_cosine(tokens, counter):
+def test_the_learning_rate_of_adaptation_falls_as_a_cosine(tokens):
     config = tiny_config(**ADAPT)
     scorer = SgdScorer(tiny_model(config), config, tiny_context())
     for done, share in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
-        scorer.observe(tokens[:65], done)
+        scorer.observe(tokens, scorer.tracks(tokens)[0][0], done, math.inf)
         assert scorer.sgd.param_groups[0]["lr"] == pytest.approx(0.5 * share, abs=1e-9)
