@@ -159,33 +159,32 @@ class Config(Stored):
     log_every: int = 10  # steps between two train lines
 
     def __post_init__(self) -> None:
-        plan = parse_plan(self.plan)
-        for name, low, high in LIMITS:
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)}: must lie between {low} and {high}")
+        plan, bounds = parse_plan(self.plan), {name: pair for pair, names in LIMITS.items() for name in names.split()}
+        for name, value in asdict(self).items():
+            low, high = bounds.get(name, (0, MOST))
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ConfigError(f"{name}={value}: must lie between {low} and {high}")
         for name, words in CHOICES.items():
             value = getattr(self, name)
-            wrong = [w for w in (value.split(",") if name == "also" else [value]) if w not in words]
-            if wrong:
-                raise ConfigError(f"{name}={wrong[0]}: choose from {', '.join(words)}{did_you_mean(wrong[0], words)}")
-        if self.model_dim % self.num_heads:
-            raise ConfigError(f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
-        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            raise ConfigError(f"rope_dims={self.rope_dims}: must be even and at most the head width {self.head_dim}")
-        if self.batch_tokens % self.seq_len:
-            raise ConfigError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")
-        if self.skips == "unet" and plan.is_variable:
-            raise ConfigError(f"skips=unet needs a fixed plan, and {self.plan!r} has *r: use --skips none")
-        if (n_passes := plan.count_passes(self.depth)) > 512:
-            raise ConfigError(f"plan {self.plan!r} has {n_passes} passes; at most 512 are built")
-        if self.stride > self.seq_len:
-            raise ConfigError(f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds")
+            for word in value.split(",") if name == "also" else [value]:
+                if word not in words:
+                    raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
+        for name, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("batch_tokens", "seq_len")):
+            if getattr(self, name) % getattr(self, part):
+                raise ConfigError(f"{name}={getattr(self, name)} is not divisible by {part}={getattr(self, part)}")
+        n_passes, width = plan.count_passes(self.depth), self.head_dim
+        for is_wrong, why in (
+            (self.rope_dims % 2 or self.rope_dims > width, f"rope_dims={self.rope_dims}: even, at most {width} here"),
+            (self.bos_id >= self.vocab_size, f"bos_id={self.bos_id} is outside of vocab_size={self.vocab_size}"),
+            (self.stride > self.seq_len, f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds"),
+            (self.skips == "unet" and plan.is_variable, "skips=unet needs a plan without *r; use --skips none"),
+            (n_passes > 512, f"plan={self.plan} has {n_passes} passes; at most 512 are built"),
+            (set(self.ttt_freeze) - set(plan.names), f"ttt_freeze={self.ttt_freeze}: the plan has only {plan.names}"),
+        ):
+            if is_wrong:
+                raise ConfigError(why)
         for name in ("xsa_passes", "ve_passes"):
-            parse_pass_set(name, getattr(self, name), len(self.passes))
-        if unknown := set(self.ttt_freeze) - set(plan.names):
-            raise ConfigError(f"ttt_freeze={self.ttt_freeze}: plan {self.plan!r} has no block {sorted(unknown)[0]!r}")
+            parse_pass_set(name, getattr(self, name), n_passes)
 
     @property
     def head_dim(self) -> int:
@@ -199,11 +198,26 @@ class Config(Stored):
     def passes(self) -> tuple[Pass, ...]:
         return parse_plan(self.plan).passes(self.depth, self.depth)
 
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
     def stored(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(Stored)}
 
 
+RECIPES = {
+    "4b7l": {},
+    "pocket": dict(
+        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
+        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
+        final_lr=0.02, average="none", score_mode="sliding", score_tokens=65536, score_batch=16, ttt_chunk=8192,
+        ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0, calibration_tokens=32768,
+    ),
+}  # fmt: skip
+
 CHOICES = {
+    "recipe": RECIPES,
     "skips": ("none", "unet"),
     "average": ("none", "swa", "ema"),
     "score_mode": ("plain", "sliding", "sgd"),
@@ -212,34 +226,23 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "compile": ("auto", "none", "block", "full"),
 }
-BIG = 2**40
-LIMITS = [  # what a stored config may ask for is bounded too: an artifact is input from a stranger
-    ("depth", 1, 256), ("loop_start", 0, 1), ("vocab_size", 4, 65536), ("bos_id", 0, 65535), ("model_dim", 2, 65536),
-    ("num_heads", 1, 4096), ("num_kv_heads", 1, 4096), ("mlp_mult", 0.01, 64), ("seq_len", 2, 2**20),
-    ("rope_dims", 0, 65536), ("rope_base", 1, 1e9), ("q_gain", 0, 1e3), ("ve_dim", 1, 65536),
-    ("bigram_buckets", 0, 2**24), ("bigram_dim", 1, 65536), ("softcap", 1e-3, 1e6), ("iterations", 0, BIG),
-    ("max_wallclock_seconds", 0.1, 1e7), ("batch_tokens", 2, 2**32), ("micro_batch", 0, 2**20), ("warmdown", 0, 1),
-    ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
-    ("ema_decay", 0, 1), ("core_bits", 2, 8), ("edge_bits", 2, 8), ("embed_bits", 2, 8), ("table_bits", 2, 8),
-    ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
-    ("calibration_tokens", 0, BIG), ("export_reserve", 0, 0.5),
-    ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
-    ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
-    ("matrix_lr", 0, 1e9), ("table_lr", 0, 1e9), ("vector_lr", 0, 1e9), ("ttt_lr", 0, 1e9), ("weight_decay", 0, 1e9),
-    ("momentum", 0, 1), ("momentum_start", 0, 1), ("ttt_momentum", 0, 1), ("beta1", 0, 0.9999), ("beta2", 0, 0.9999),
-    ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
-]  # fmt: skip
-
-RECIPES = {
-    "4b7l": {},
-    "pocket": dict(
-        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
-        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="none", score_mode="sliding",
-        score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
-        checkpoint_every_s=30.0, calibration_tokens=32768,
-    ),
-}  # fmt: skip
+MOST = 2**40
+LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from a stranger's artifact
+    (-MOST, MOST): "seed",
+    (0, 0.5): "export_reserve",
+    (0, 0.9999): "beta1 beta2",
+    (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
+    (0, 1000): "ttt_epochs",
+    (0, 2**24): "bigram_buckets",
+    (0.01, 64): "mlp_mult",
+    (0.1, MOST): "softcap max_wallclock_seconds core_k edge_k embed_k table_k",
+    (1, 256): "depth",
+    (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim score_batch ttt_batch",
+    (1, MOST): "rope_base batch_tokens average_every stride ttt_chunk log_every",
+    (2, 8): "core_bits edge_bits embed_bits table_bits",
+    (2, 65536): "vocab_size model_dim",
+    (2, 2**20): "seq_len",
+}
 
 
 def did_you_mean(word: str, words) -> str:
@@ -249,18 +252,12 @@ def did_you_mean(word: str, words) -> str:
 
 def cast_option(name: str, text: str, default) -> object:
     """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
-    if isinstance(default, bool):
-        if text.lower() in ("1", "true", "0", "false"):
-            return text.lower() in ("1", "true")
-        raise ConfigError(f"{name}={text}: expected 0, 1, true or false")
+    kind = type(default)
     try:
-        value = type(default)(text)
-    except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ConfigError(f"{name}={text}: expected {kind}, like {default}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}={text}: expected a finite number")
-    return value
+        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
 
 
 def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
@@ -271,15 +268,13 @@ def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
         name, has_value, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in defaults:
-            options = [f"--{known}" for known in defaults]
-            raise ConfigError(f"unknown option {word.split('=')[0]}{did_you_mean('--' + name, options)}; see --help")
+            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
+            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
         if not has_value:
-            if isinstance(defaults[name], bool) and (not words or words[0].startswith("--")):
-                text = "1"
-            elif words:
-                text = words.popleft()
-            else:
+            is_bare = not words or words[0].startswith("--")
+            if is_bare and not isinstance(defaults[name], bool):
                 raise ConfigError(f"option {word} needs a value")
+            text = "1" if is_bare else words.popleft()
         found[name] = cast_option(name, text, defaults[name])
     return found
 
@@ -287,36 +282,39 @@ def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
 def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
     """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
     defaults = {f.name: f.default for f in fields(Config)}
-    given = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
-    source = dict.fromkeys(defaults, "default") | dict.fromkeys(given, "env")
+    from_env = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
     on_line = parse_command_line(argv, defaults)
-    given |= on_line
-    source |= dict.fromkeys(on_line, "cli")
+    given = from_env | on_line
     if given.get("resume"):
-        return resumed_config(given), {n: "resume" if s == "default" else s for n, s in source.items()}
-    recipe = given.get("recipe") or ("4b7l" if torch.cuda.is_available() else "pocket")
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe={recipe}: choose from {', '.join(RECIPES)}{did_you_mean(recipe, RECIPES)}")
-    base = {"recipe": recipe} | RECIPES[recipe]
-    source = {n: ("recipe" if n in base and s == "default" else s) for n, s in source.items()}
+        folder = Path(given["resume"])
+        origin, base = "resume", load_started_config(folder, given)
+        given["run_id"] = folder.name
+    else:
+        origin, recipe = "recipe", given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
+        base = {"recipe": recipe} | RECIPES.get(recipe, {})
+    layers = {"default": defaults, origin: base, "env": from_env, "cli": on_line}
+    source = {name: layer for layer, values in layers.items() for name in values}
     return Config(**(defaults | base | given)), source
 
 
-def resumed_config(given: dict[str, object]) -> Config:
+def load_started_config(folder: Path, given: dict[str, object]) -> dict:
     """A resumed run keeps the config that it was started with; only what does not change its result may differ."""
-    folder = Path(given["resume"])
     try:
         stored = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"resume={folder}: no readable config.json there ({error.__class__.__name__})") from None
-    free = {"resume", "run_id", "checkpoint_every_s", "log_every"}
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    if not isinstance(stored, dict) or {n: type(v) for n, v in stored.items()} != kinds:
-        raise ConfigError(f"resume={folder}: its config.json is damaged or from another version of this script")
+        if not holds_fields(stored, Config):
+            raise ValueError("other fields")
+    except (OSError, ValueError):
+        raise ConfigError(f"resume={folder}: config.json there is missing, damaged or of another version") from None
     for name, value in given.items():
-        if name not in free and stored.get(name) != value:
-            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored.get(name)}; leave it out")
-    return Config(**(stored | {n: v for n, v in given.items() if n in free} | {"run_id": folder.name}))
+        if name not in ("resume", "run_id", "checkpoint_every_s", "log_every") and stored[name] != value:
+            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored[name]}; leave it out")
+    return stored
+
+
+def holds_fields(values, kind: type[Stored]) -> bool:
+    """Whether something read from JSON has exactly the fields of a config, each of its type."""
+    types = {f.name: type(f.default) for f in fields(kind)}
+    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
 
 
 def help_text() -> str:
@@ -329,143 +327,124 @@ def help_text() -> str:
     return "\n".join([title, *lines])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """One application of a physical block."""
 
     block: int
     slot: int  # row of the per-pass tables
-    enter: tuple[int, ...]  # groups whose incoming stream is kept before this pass
-    inject: tuple[int, ...]  # groups whose kept stream is mixed in before this pass
-    norm: bool  # a norm follows this pass
+    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
+    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
+    norm: bool = False  # a norm follows this pass
 
 
 @dataclass(frozen=True)
 class Group:
-    """`(items)*count` of a plan; count 0 stands for r. `norms`: 0 none, 1 between repetitions, 2 after each."""
+    """`(items)*count` of a plan; count 0 stands for r."""
 
-    items: tuple[int | Group, ...]
-    count: int
-    index: int
-    inject: bool
-    norms: int
+    items: tuple[int | Group, ...]  # blocks are numbers
+    count: int = 1
+    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
+    norms: int = 0  # 1 between repetitions, 2 after each
+
+    def count_passes(self, depth: int) -> int:
+        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
+
+    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
+        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
+        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
+        passes, repetitions = [], self.count or rows
+        stride = self.count_passes(rows) // repetitions
+        last = (self.count or depth if depth else 1) - 1
+        for repetition in range(last + 1):
+            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
+            for item in self.items:
+                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
+                at += item.count_passes(rows) if isinstance(item, Group) else 1
+            passes[first].inject = self.inject + passes[first].inject
+            if repetition == 0:
+                passes[first].enter = self.inject + passes[first].enter
+            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
+        return passes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A parsed loop plan: block letters in order of first appearance, and the tree of groups."""
+class Plan(Group):
+    """A parsed loop plan."""
 
-    names: str
-    items: tuple[int | Group, ...]
-    injected: tuple[int, ...]  # indices of the groups that re-inject their input
-    is_variable: bool  # one group repeats r times
+    names: str = ""  # letters of the blocks in order of first appearance
+    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
+    is_variable: bool = False  # one group repeats r times
 
     def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
-        """The passes with r = depth; depth 0 runs every group once. Per-pass tables cover `rows` repetitions of the
-        *r group, deeper ones reuse the last row."""
-        table = {key: i for i, (_, key, *_) in enumerate(self._walk(self.items, max(rows, 1), (), rows))}
-        walk = self._walk(self.items, depth, (), rows)
-        return tuple(Pass(block, table[key], tuple(e), tuple(j), norm) for block, key, e, j, norm in walk)
-
-    def count_passes(self, depth: int) -> int:
-        def count(items) -> int:
-            return sum((item.count or depth) * count(item.items) if isinstance(item, Group) else 1 for item in items)
-
-        return count(self.items)
-
-    def _walk(self, items, depth: int, key: tuple, rows: int) -> list:
-        out = []
-        for place, item in enumerate(items):
-            if not isinstance(item, Group):
-                out.append((item, (*key, place), [], [], False))
-                continue
-            count = 1 if depth == 0 else item.count or depth
-            for rep in range(count):
-                row = min(rep, rows - 1) if item.count == 0 else rep
-                inner = self._walk(item.items, depth, (*key, place, row), rows)
-                if item.inject:
-                    inner[0][3].insert(0, item.index)
-                    if rep == 0:
-                        inner[0][2].insert(0, item.index)
-                if item.norms == 2 or (item.norms == 1 and rep < count - 1):
-                    inner[-1] = (*inner[-1][:4], True)
-                out += inner
-        return out
+        return tuple(self.expand(depth, rows))
 
 
 @functools.lru_cache
 def parse_plan(text: str) -> Plan:
     """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
-    names, groups, at = {}, [], 0
+    names, injected, n_groups, is_variable, at = {}, [], 0, False, 0
 
     def fail(why: str, where: int):
         raise ConfigError(f"plan {text!r}, character {where + 1} ({text[where : where + 1] or 'end'}): {why}")
 
-    def items(closing: bool) -> tuple:
+    def take(pattern: str, why: str = "") -> str:
         nonlocal at
-        found = []
-        while at < len(text) and ((text[at].isalpha() and text[at].isascii()) or text[at] == "("):
-            if text[at] == "(":
-                found.append(group())
-            else:
-                found.append(names.setdefault(text[at], len(names)))
-                at += 1
+        found = re.compile(pattern).match(text, at)
         if not found:
-            fail("expected a block letter or a group", at)
-        if not closing and at < len(text):
-            fail("expected a block letter, or '(' to open a group", at)
+            fail(why, at)
+        at = found.end()
+        return found[0]
+
+    def items(nesting: int) -> tuple[int | Group, ...]:
+        found = []
+        while not found or re.match("[a-zA-Z(]", text[at:]):
+            mark = take(r"[a-zA-Z]|\(\^?", "expected a block letter or '(' to open a group")
+            found.append(names.setdefault(mark, len(names)) if mark.isalpha() else group(mark, nesting + 1))
         return tuple(found)
 
-    def group() -> Group:
-        nonlocal at
-        start, at = at, at + 1
-        if start > 0 and text[:start].count("(") - text[:start].count(")") >= 16:
+    def group(mark: str, nesting: int) -> Group:
+        nonlocal n_groups, is_variable
+        start = at - len(mark)
+        if nesting > 16:
             fail("groups are nested more than 16 deep", start)
-        inject = text[at : at + 1] == "^"
-        at += inject
-        index = len(groups)
-        groups.append(None)
-        inner = items(closing=True)
-        norms = len(text[at:]) - len(text[at:].lstrip("~"))
-        if norms > 2:
-            fail("one ~ norms between repetitions, two after each; no more", at + 2)
-        at += norms
-        if text[at : at + 1] != ")":
-            fail(f"the group opened at character {start + 1} needs a letter, '~' or ')' here", at)
-        if text[at + 1 : at + 2] != "*":
-            fail("a group is followed by * and a count, as in (ab)*3", at + 1)
-        at += 2
-        digits = len(text[at:]) - len(text[at:].lstrip("0123456789"))
-        count = text[at : at + max(digits, 1)]
-        if count != "r" and (not 1 <= digits <= 3 or not 1 <= int(count) <= 256):
-            fail("a count is a number from 1 to 256, or r", at)
-        if count == "r" and any(g is not None and g.count == 0 for g in groups):
-            fail("only one group can repeat r times", at)
-        at += len(count)
-        groups[index] = Group(inner, 0 if count == "r" else int(count), index, inject, norms)
-        return groups[index]
+        inject = (n_groups,) if "^" in mark else ()
+        injected.extend(inject)
+        n_groups += 1
+        inner = items(nesting)
+        norms = len(take("~{0,2}"))
+        take(r"\)", f"the group opened at character {start + 1} needs a letter, at most two '~' or ')' here")
+        take(r"\*", "a group is followed by * and a count, as in (ab)*3")
+        count = take("r|[1-9][0-9]*", "a count is a number from 1 to 256, or r")
+        if count == "r" and is_variable:
+            fail("only one group can repeat r times", at - 1)
+        if count != "r" and int(count) > 256:
+            fail("a count is at most 256", at - len(count))
+        is_variable |= count == "r"
+        return Group(inner, 0 if count == "r" else int(count), inject, norms)
 
     if len(text) > 1000:
         raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
-    tree = items(closing=False)
-    injected = tuple(g.index for g in groups if g.inject)
-    return Plan("".join(names), tree, injected, any(g.count == 0 for g in groups))
+    tree = items(0)
+    take(r"\Z", "expected a block letter, or '(' to open a group")
+    return Plan(tree, names="".join(names), injected=tuple(injected), is_variable=is_variable)
 
 
 def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
     """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
-    if text in ("none", "all"):
-        return frozenset(range(n_passes if text == "all" else 0))
+    passes = range(n_passes)
     try:
-        if text.startswith("last"):
-            chosen = frozenset(range(n_passes - int(text[4:]), n_passes))
+        if text in ("none", "all"):
+            chosen = passes if text == "all" else ()
+        elif text.startswith("last"):
+            chosen = range(n_passes - int(text[4:]), n_passes)
         else:
-            chosen = frozenset(int(word) for word in text.split(","))
+            chosen = [int(word) for word in text.split(",")]
+        if all(number in passes for number in chosen):
+            return frozenset(chosen)
     except ValueError:
-        raise ConfigError(f"{name}={text}: expected none, all, last4 or a list like 3,5,6") from None
-    if not chosen <= frozenset(range(n_passes)):
-        raise ConfigError(f"{name}={text}: the plan has passes 0 to {n_passes - 1}")
-    return chosen
+        pass
+    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,20 +457,18 @@ class Log:
     """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.files, self.early = quiet, [], []  # early: lines from before there was a file
+        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
 
     def open(self, path: Path) -> None:
         if not self.quiet:
-            self.files.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115 (open until the end)
-            print(*self.early, sep="\n", end="\n" if self.early else "", file=self.files[-1], flush=True)
+            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+            self.file.write(early)
 
     def line(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
             sys.stdout.flush()
-            self.early += [] if self.files else [text]
-            for file in self.files:
-                print(text, file=file, flush=True)
+            print(text, file=self.file, flush=True)
 
     def __call__(self, event: str, **pairs) -> None:
         self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
@@ -545,22 +522,26 @@ class RunContext:
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
     """Joins the process group that torchrun announces in the environment; alone otherwise."""
+
+    def choose(name: str, by_itself: str) -> str:
+        return by_itself if getattr(config, name) == "auto" else getattr(config, name)
+
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    on_gpu = choose("device", "cuda" if has_gpu else "cpu") == "cuda"
+    if on_gpu and not has_gpu:
         raise ConfigError("device=cuda: this machine has no usable CUDA device; use --device cpu")
-    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else "cpu")
-    if kind == "cuda":
+    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
-    has_bf16 = kind == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if has_bf16 else "float32"
+    has_bf16 = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = choose("dtype", "bfloat16" if has_bf16 else "float32")
     # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
-    fixed = not parse_plan(config.plan).is_variable
-    mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
+    mode = choose("compile", "full" if on_gpu and not parse_plan(config.plan).is_variable else "block")
     log = Log(quiet=rank != 0)
     if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
         log.line(f"# running uncompiled, about half as fast: {fault}")
@@ -619,14 +600,13 @@ class TokenStream:
         self.total = int(self.starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        out, filled = np.empty(count, dtype=np.int64), 0
-        while filled < count:
-            at = (start + filled) % self.total
-            index = int(np.searchsorted(self.starts, at, side="right")) - 1
-            piece = self.shards[index][at - self.starts[index] :][: count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        return out
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            start %= self.total
+            index = np.searchsorted(self.starts, start, side="right") - 1
+            pieces.append(self.shards[index][start - self.starts[index] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
 
     def fingerprint(self) -> str:
         """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
@@ -652,7 +632,7 @@ def split_span(tokens: Tensor, config: Config, ctx: RunContext) -> tuple[Tensor,
 
 def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer and the sha256 of its file."""
-    path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
+    path = config.tokenizer_file
     if not path.is_file():
         find_shards(config.data_path, "val")  # the folder itself may be what is missing
         raise DataError(f"{path}: no tokenizer there; set --tokenizer_path")
@@ -2090,8 +2070,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         ctx.log.open(folder / "log.txt")
         write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
-        source_path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
-        write_atomic(folder / "tokenizer.model", source_path.read_bytes())
+        write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
     log_head(config, source, ctx)
     ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
     log_plan(config, k_scale, model, ctx)
