@@ -1299,6 +1299,11 @@ class ArtifactError(Stop):
     exit_code = 4
 
 
+def require(is_good: bool, otherwise: str) -> None:
+    if not is_good:
+        raise ArtifactError(otherwise)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
@@ -1327,19 +1332,16 @@ def write_atomic(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def quantize_weights(
-    weights: dict[str, Tensor], grids: dict[str, Grid | None], hessians: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
     """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
     stored = {}
     for name, weight in weights.items():
-        grid = grids[name]
-        if grid is None:
+        if not (grid := grids[name]):
             stored[name] = weight.half()
-        elif name in hessians:
-            stored[name], stored[f"{name}.step"] = round_with_feedback(weight, hessians[name], grid)
-        else:
-            stored[name], stored[f"{name}.step"] = quantize_tensor(weight, grid)
+            continue
+        known = name in hessians
+        codes_and_step = round_with_feedback(weight, hessians[name], grid) if known else quantize_tensor(weight, grid)
+        stored[name], stored[f"{name}.step"] = codes_and_step
     return stored
 
 
@@ -1372,36 +1374,29 @@ def fit_artifact(
     """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
     and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each encoding."""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
+    trained, extra = k_scale, 0
 
     def size_at(scale: float) -> int:
-        return forecast_bytes(model, build_grids(config, model, scale), weights)
+        return forecast_bytes(model, build_grids(config, model, scale), weights) + extra
 
     is_bound = size_at(k_scale) > room or is_limit_binding(config, k_scale)
-    trained, extra = k_scale, 0
     for _ in range(6):
         if is_bound:
-            k_scale = solve_k_scale(lambda scale: size_at(scale) + extra, int(0.998 * room), config)  # noqa: B023
+            k_scale = solve_k_scale(size_at, int(0.998 * room), config)
         grids = build_grids(config, model, k_scale)
-        bits = {name: grid.bits for name, grid in grids.items() if grid}
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
         stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
-        content = pack_artifact(config, stored, bits, tokenizer)
+        content = pack_artifact(config, stored, {name: grid.bits for name, grid in grids.items() if grid}, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
-        is_bound, extra = True, len(content) - size_at(k_scale)
-    raise DoesNotFit(
-        f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below it"
-    )
+        is_bound, extra = True, extra + len(content) - size_at(k_scale)
+    limit = f"byte_limit={config.byte_limit:,}"
+    raise DoesNotFit(f"{limit}: a file of {len(content):,} bytes does not settle just below it")
 
 
 def config_from_stored(stored: dict) -> Config:
-    """The config of a stored artifact: exactly the stored fields, each of the right type."""
-    kinds = {f.name: type(f.default) for f in fields(Stored)}
-    if not isinstance(stored, dict) or set(stored) != set(kinds):
-        raise ArtifactError("its config does not hold the fields that this version stores")
-    for name, kind in kinds.items():
-        if type(stored[name]) is not kind and not (kind is float and type(stored[name]) is int):
-            raise ArtifactError(f"its config has {name}={stored[name]!r}, which is not {kind.__name__}")
+    """The config of a stored artifact."""
+    require(holds_fields(stored, Stored), "its config does not hold the fields of this version, each of its type")
     try:
         return Config(**stored, batch_tokens=stored["seq_len"])
     except ConfigError as error:
@@ -1412,60 +1407,51 @@ def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
     """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
     with torch.device("meta"):
         model = LoopedGPT(config)
-    layout, ends = [], [0, 0]
-
-    def add(name: str, shape: torch.Size, width: int, scheme: str, stream: int, item_bytes: int) -> None:
-        size = shape.numel() * item_bytes
-        layout.append(dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream],
-                           bytes=size))  # fmt: skip
-        ends[stream] += size
-
+    shapes, layout, ends = {}, [], [0, 0]
     for name, p in model.named_parameters():
-        if model.kind(name) == "vector":
-            add(name, p.shape, 16, "fp16", PLAIN, 2)
-        else:
-            add(name, p.shape, bits.get(name, 0), "int", CODES, 1)
-            add(f"{name}.step", p.shape[:1], 16, "fp16", PLAIN, 2)
+        shapes[name] = p.shape
+        if model.kind(name) != "vector":
+            shapes[f"{name}.step"] = p.shape[:1]
+    for name, shape in shapes.items():
+        has_step = f"{name}.step" in shapes
+        width, scheme, stream = (bits.get(name, 0), "int", CODES) if has_step else (16, "fp16", PLAIN)
+        entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
+        layout.append(entry | dict(bytes=shape.numel() * (1 if has_step else 2)))
+        ends[stream] += layout[-1]["bytes"]
     return layout
 
 
 def unpack_artifact(content: bytes) -> Artifact:
     """Checks everything before it allocates anything that the file asks for."""
-    if len(content) < 48 or content[:8] != MAGIC:
-        raise ArtifactError("it does not start like an artifact" if len(content) >= 8 else "it is too short")
+    require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
     version, header_bytes = struct.unpack("<II", content[8:16])
-    if version != VERSION:
-        raise ArtifactError(f"it has version {version}, this script reads {VERSION}")
-    if header_bytes > min(MAX_HEADER_BYTES, len(content) - 48):
-        raise ArtifactError(f"its header claims {header_bytes} bytes, more than the file can hold")
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise ArtifactError("its digest does not match: truncated or changed")
+    require(version == VERSION, f"it has version {version}, this script reads {VERSION}")
+    at, end, digest = 16 + header_bytes, len(content) - 32, hashlib.sha256(content[:-32]).digest()
+    require(at <= min(16 + MAX_HEADER_BYTES, end), f"its header claims {header_bytes} bytes, more than it can hold")
+    require(digest == content[-32:], "its digest does not match: truncated or changed")
     try:
-        header = json.loads(content[16 : 16 + header_bytes].decode("utf-8"))
+        header = json.loads(content[16:at].decode("utf-8"))
         stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
         bits = {entry["name"]: entry["bits"] for entry in tensors}
-        sizes = [(s["codec"], s["bytes"], s["raw_bytes"]) for s in streams]
-        assert set(tokenizer) == {"sha256", "vocab"} and all(type(b) is int for b in bits.values())
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        codecs, packed_sizes, raw_sizes = zip(*((s["codec"], s["bytes"], s["raw_bytes"]) for s in streams))
+        well_typed = all(type(n) is int and n >= 0 for n in (*bits.values(), *packed_sizes))
+        require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
     layout = build_layout(config_from_stored(stored), bits)
-    if tensors != layout or not all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int"):
-        raise ArtifactError("its tensor table is not that of its config")
-    raw_sizes = [sum(e["bytes"] for e in layout if e["stream"] == s) for s in (CODES, PLAIN)]
-    if [raw for _, _, raw in sizes] != raw_sizes or sum(raw_sizes) > MAX_RAW_BYTES:
-        raise ArtifactError("its streams do not have the sizes that its tensors need")
-    at, raw_streams = 16 + header_bytes, []
-    if any(type(n) is not int or n < 0 for _, n, _ in sizes) or at + sum(n for _, n, _ in sizes) + 32 != len(content):
-        raise ArtifactError("its streams do not fill the file")
-    for stream, (codec, n_bytes, raw_bytes) in enumerate(sizes):
-        shapes = [tuple(e["shape"]) for e in layout if e["stream"] == stream]
-        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes, shapes if stream == CODES else []))
+    is_same = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
+    require(is_same, "its tensor table is not that of its config")
+    needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
+    is_same = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES
+    require(is_same, "its streams do not have the sizes that its tensors need")
+    require(at + sum(packed_sizes) == end, "its streams do not fill the file")
+    shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
+    for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
+        raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
         at += n_bytes
-    raw = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
-    weights = {}
-    for name in (e["name"] for e in layout if not e["name"].endswith(".step")):
-        step = raw.get(f"{name}.step")
-        weights[name] = raw[name] if step is None else dequantize_tensor(raw[name], step)
+    raw = {e["name"]: read_tensor(raws[e["stream"]], e) for e in layout}
+    steps = {name: raw.get(f"{name}.step") for name in raw if not name.endswith(".step")}
+    weights = {n: raw[n] if step is None else dequantize_tensor(raw[n], step) for n, step in steps.items()}
     return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -1473,24 +1459,25 @@ def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int
     try:
         if codec == "rans" and shapes:
             return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
-        if codec != "zstd" or zstandard.frame_content_size(packed) != raw_bytes:
-            raise ValueError("codec or size is not what this script reads")
+        is_ours = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
+        require(is_ours, "a stream has a codec or size that this script does not read")
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
     except (ValueError, zstandard.ZstdError) as error:
         raise ArtifactError(f"a stream does not decode: {error}") from None
-    if len(raw) != raw_bytes:
-        raise ArtifactError("a stream does not decode to the size it promises")
+    require(len(raw) == raw_bytes, "a stream does not decode to the size it promises")
     return raw
 
 
 def read_tensor(raw: bytes, entry: dict) -> Tensor:
-    dtype = torch.int8 if entry["scheme"] == "int" else torch.float16
+    """One tensor out of its stream."""
+    name, bits, dtype = entry["name"], entry["bits"], torch.int8 if entry["scheme"] == "int" else torch.float16
     piece = bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
     values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-    if dtype == torch.float16 and not values.isfinite().all():
-        raise ArtifactError(f"tensor {entry['name']} holds values that are not finite")
-    if dtype == torch.int8 and len(piece) and values.short().abs().max() > 2 ** (entry["bits"] - 1) - 1:
-        raise ArtifactError(f"tensor {entry['name']} holds codes beyond its {entry['bits']} bits")
+    if dtype == torch.float16:
+        require(bool(values.isfinite().all()), f"tensor {name} holds values that are not finite")
+    else:
+        largest = Grid(bits, 1.0).largest
+        require(bool((values.short().abs() <= largest).all()), f"tensor {name} holds codes beyond its {bits} bits")
     return values.view(entry["shape"])
 
 
