@@ -30,7 +30,7 @@ import signal
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -383,51 +383,40 @@ class Plan(Group):
 @functools.lru_cache
 def parse_plan(text: str) -> Plan:
     """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
-    names, injected, n_groups, is_variable, at = {}, [], 0, False, 0
+    names, opened, at = {}, [], 0
 
-    def fail(why: str, where: int):
-        raise ConfigError(f"plan {text!r}, character {where + 1} ({text[where : where + 1] or 'end'}): {why}")
-
-    def take(pattern: str, why: str = "") -> str:
+    def take(pattern: str, expected: str = "") -> str:
         nonlocal at
         found = re.compile(pattern).match(text, at)
         if not found:
-            fail(why, at)
+            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
         at = found.end()
         return found[0]
 
     def items(nesting: int) -> tuple[int | Group, ...]:
         found = []
         while not found or re.match("[a-zA-Z(]", text[at:]):
-            mark = take(r"[a-zA-Z]|\(\^?", "expected a block letter or '(' to open a group")
-            found.append(names.setdefault(mark, len(names)) if mark.isalpha() else group(mark, nesting + 1))
+            start = "a block letter, or '(' for a group, at most 16 of them nested"
+            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", start)
+            if mark.isalpha():
+                found.append(names.setdefault(mark, len(names)))
+                continue
+            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
+            opened.append(inject)
+            inner = items(nesting + 1)
+            norms = len(take("~{0,2}"))
+            take(r"\)", f"a letter, at most two '~' or the ')' of the group opened at character {begin}")
+            take(r"\*", "'*' and a count behind a group, as in (ab)*3")
+            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
+            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r for one group only")
+            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
         return tuple(found)
-
-    def group(mark: str, nesting: int) -> Group:
-        nonlocal n_groups, is_variable
-        start = at - len(mark)
-        if nesting > 16:
-            fail("groups are nested more than 16 deep", start)
-        inject = (n_groups,) if "^" in mark else ()
-        injected.extend(inject)
-        n_groups += 1
-        inner = items(nesting)
-        norms = len(take("~{0,2}"))
-        take(r"\)", f"the group opened at character {start + 1} needs a letter, at most two '~' or ')' here")
-        take(r"\*", "a group is followed by * and a count, as in (ab)*3")
-        count = take("r|[1-9][0-9]*", "a count is a number from 1 to 256, or r")
-        if count == "r" and is_variable:
-            fail("only one group can repeat r times", at - 1)
-        if count != "r" and int(count) > 256:
-            fail("a count is at most 256", at - len(count))
-        is_variable |= count == "r"
-        return Group(inner, 0 if count == "r" else int(count), inject, norms)
 
     if len(text) > 1000:
         raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
     tree = items(0)
-    take(r"\Z", "expected a block letter, or '(' to open a group")
-    return Plan(tree, names="".join(names), injected=tuple(injected), is_variable=is_variable)
+    take(r"\Z", "a block letter or '('")
+    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
 
 
 def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
@@ -1887,27 +1876,20 @@ def train(
 
 def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """What ran, where, on what: without it a log proves nothing."""
-    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id or "-", code_sha256=hash_counted_code())
-    gpu = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
-    ctx.log("versions", python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            zstandard=zstandard.__version__, sentencepiece=sentencepiece.__version__)  # fmt: skip
-    ctx.log("hardware", device=ctx.device.type, name=gpu, world=ctx.world, threads=torch.get_num_threads(),
-            dtype=str(ctx.dtype).removeprefix("torch."))  # fmt: skip
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=hash_counted_code())
+    modules = (torch, np, zstandard, sentencepiece)
+    ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
+    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
+    threads, dtype = torch.get_num_threads(), str(ctx.dtype).removeprefix("torch.")
+    ctx.log("hardware", device=ctx.device.type, name=name, world=ctx.world, threads=threads, dtype=dtype)
     for name, value in asdict(config).items():
         ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
 
 
-def counted_files() -> list[Path]:
-    """The files that a run is made of: this script and what it imports from the repository."""
-    modules = [sys.modules[part.__module__] for part in (read_shard, encode_matrices)]
-    return [Path(__file__), *(Path(module.__file__) for module in modules)]
-
-
 def hash_counted_code() -> str:
-    digest = hashlib.sha256()
-    for path in counted_files():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """sha256 of the files that a run is made of: this script and what it imports from the repository."""
+    files = [__file__, *(sys.modules[part.__module__].__file__ for part in (read_shard, encode_matrices))]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
@@ -1915,52 +1897,45 @@ def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) 
     counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
     for name, p in model.named_parameters():
         counts[model.role(name)] += p.numel()
-    n_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
-    total, limit = n_bytes + config.code_reserve, config.byte_limit
-    if limit and total > 1.05 * limit:
-        raise DoesNotFit(f"byte_limit={limit:,}: about {total:,} bytes are expected; raise --k_scale or leave it at 0")
+    params, n_passes, limit = sum(counts.values()), len(config.passes), config.byte_limit
+    artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total_bytes = artifact_bytes + config.code_reserve
+    if limit and total_bytes > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
     flops = compute_flops(config, config.depth)
-    ctx.log("model", params=sum(counts.values()), **counts, passes=len(config.passes), blocks=len(model.blocks))
-    ctx.log("forecast", flops_per_token=flops, artifact_bytes=n_bytes, total_bytes=n_bytes + config.code_reserve,
-            limit=limit, k_scale=k_scale,
-            core_bits=compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale)))  # fmt: skip
-    if config.k_scale and limit and 0.97 * limit < total:
-        ctx.log.line(
-            f"# warning: {100 * total / limit:.1f}% of the byte limit is expected, the export may coarsen the grid"
-        )
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
-    bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
-    memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
+    bytes_per_token = n_passes * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
+    memory = rows * (bytes_per_token + 8 * config.vocab_size) + params * 24
     # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
     core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
     rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
-    ctx.log("forecast", step_ms=1000 * flops * config.batch_tokens / (rate * ctx.world), memory_mb=memory / 1e6,
-            tokens_per_step=config.batch_tokens, world=ctx.world, device=ctx.device.type)  # fmt: skip
+    core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
+    ctx.log("model", params=params, **counts, passes=n_passes, blocks=len(model.blocks))
+    ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
+    step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
+    ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)
+    if config.k_scale and limit and total_bytes > 0.97 * limit:
+        ctx.log.line(f"# warning: {total_bytes / limit:.1%} of byte_limit expected, the export may coarsen the grid")
 
 
 def dry_run(config: Config, ctx: RunContext) -> None:
     with torch.device("meta"):
         model = LoopedGPT(config)
-    by_part: dict[str, int] = {}
+    by_part = Counter()
     for name, p in model.named_parameters():
-        part = ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1])
-        by_part[part] = by_part.get(part, 0) + p.numel()
-    ctx.log.line(f"params:{sum(by_part.values())}")
+        by_part[re.match(r"blocks\.\w|\w+", name)[0]] += p.numel()
+    ctx.log.line(f"params:{by_part.total()}")
     for part, count in by_part.items():
         ctx.log("part", name=part, params=count)
     log_plan(config, plan_k_scale(config, model), model, ctx)
 
 
 def check_split(config: Config, ctx: RunContext) -> None:
-    sequences = config.batch_tokens // config.seq_len
-    if sequences % ctx.world:
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens}: {sequences} sequences do not split over {ctx.world} ranks"
-        )
-    if config.micro_batch and sequences // ctx.world % config.micro_batch:
-        raise ConfigError(
-            f"micro_batch={config.micro_batch} does not divide the {sequences // ctx.world} sequences of a rank"
-        )
+    tokens, size, whole = config.batch_tokens, config.micro_batch, config.batch_tokens // config.seq_len
+    if whole % ctx.world:
+        raise ConfigError(f"batch_tokens={tokens}: {whole} sequences do not split over {ctx.world} ranks")
+    if size and whole // ctx.world % size:
+        raise ConfigError(f"micro_batch={size} does not divide the {whole // ctx.world} sequences of a rank")
 
 
 def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
@@ -1975,64 +1950,43 @@ def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, 
         dist.barrier()
 
 
-def score_artifact(path: Path, config: Config, ctx: RunContext, val: Validation, tokenizer: dict, model=None) -> dict:
+def score_artifact(
+    artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, tokenizer: dict
+) -> dict:
     """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
-    artifact = load_artifact(path)
     if artifact.tokenizer != tokenizer:
-        raise ConfigError(f"{path}: made with another tokenizer than the one in {config.data_path}")
-    model = model or build_model(config, ctx)
+        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     load_weights(model, artifact.tensors)
     started = time.perf_counter()
     final = evaluate(config.score_mode, model, config, ctx, val)
-    eval_s = time.perf_counter() - started
-    found = dict(val_bpb=f"{final.bpb:.8f}", val_loss=f"{final.loss:.8f}", score_mode=config.score_mode)
-    for mode in dict.fromkeys(config.also.split(",")):
-        if mode in CHOICES["score_mode"]:
+    found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
+    found["eval_s"] = time.perf_counter() - started
+    for mode in CHOICES["score_mode"]:
+        if mode in config.also.split(","):
             score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
-            found[f"bpb_{mode}"] = f"{score.bpb:.8f}"
-    total = artifact.size + ctx.code_bytes
-    sizes = dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total)
-    fits = not config.byte_limit or total <= config.byte_limit
-    return found | dict(eval_s=eval_s) | sizes | dict(limit=config.byte_limit, fits="yes" if fits else "no",
-                        artifact_sha256=artifact.sha256)  # fmt: skip
-
-
-RESULT_FIELDS = [
-    "val_bpb",
-    "val_loss",
-    "score_mode",
-    "bpb_trained",
-    "bpb_averaged",
-    "bpb_plain",
-    "bpb_sliding",
-    "bpb_sgd",
-    "steps",
-    "tokens",
-    "train_s",
-    "eval_s",
-    "artifact_bytes",
-    "code_bytes",
-    "total_bytes",
-    "limit",
-    "fits",
-    "seed",
-    "recipe",
-    "artifact_sha256",
-]
+            found[f"bpb_{mode}"] = score.bpb
+    total, limit = artifact.size + ctx.code_bytes, config.byte_limit
+    found |= dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
+    return found | dict(fits="no" if 0 < limit < total else "yes", artifact_sha256=artifact.sha256)
 
 
 def log_result(found: dict, ctx: RunContext) -> dict:
-    result = {name: found[name] for name in RESULT_FIELDS if name in found}
+    """The last line of a run: its fields in their order, as far as they were found."""
+    order = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain bpb_sliding bpb_sgd steps tokens train_s
+        eval_s artifact_bytes code_bytes total_bytes limit fits seed recipe artifact_sha256"""
+    result = {name: found[name] for name in order.split() if name in found}
+    result |= {name: f"{value:.8f}" for name, value in result.items() if name.startswith(("val_", "bpb_"))}
     ctx.log("result", **result)
     return result
 
 
-def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
+def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """--score: the model comes from the file, how to score too unless said otherwise."""
-    stored = {n: v for n, v in load_artifact(config.score).stored.items() if n not in given}
+    artifact = load_artifact(config.score)
+    stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(Path(config.score), config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, build_model(config, ctx), config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
@@ -2041,12 +1995,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     # ranks that start in different seconds would look for the artifact in different folders
     started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
     config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
-    folder = Path("runs") / config.run_id
-    if config.resume:
-        folder = Path(config.resume)
-        for cut_off in folder.glob(".*.part") if ctx.rank == 0 else ():
-            cut_off.unlink()  # what a killed process was writing
-    elif ctx.rank == 0 and (folder / "config.json").exists():  # a late rank would see what rank 0 writes below
+    folder = Path(config.resume or f"runs/{config.run_id}")
+    if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val, tokenizer = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
@@ -2055,6 +2005,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     model.init_weights(config.seed)
     if ctx.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in folder.glob(".*.part"):
+            cut_off.unlink()  # what a killed process was writing
         ctx.log.open(folder / "log.txt")
         write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
         write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
@@ -2063,17 +2015,15 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     log_plan(config, k_scale, model, ctx)
     trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
-    found |= dict(seed=config.seed, recipe=config.recipe)
-    wanted = config.also.split(",")
-    if "trained" in wanted:
-        found["bpb_trained"] = f"{evaluate('plain', model, config, ctx, val, 'trained').bpb:.8f}"
-    if "averaged" in wanted:
-        trained.latents.publish(trained.averaged, quantized=False)
-        found["bpb_averaged"] = f"{evaluate('plain', model, config, ctx, val, 'averaged').bpb:.8f}"
+    for name in ("trained", "averaged"):
+        if name in config.also.split(","):
+            if name == "averaged":
+                trained.latents.publish(trained.averaged, quantized=False)
+            found[f"bpb_{name}"] = evaluate("plain", model, config, ctx, val, name).bpb
     path = folder / "artifact.lg"
     export(config, ctx, model, trained, tokenizer, path)
-    found |= score_artifact(path, config, ctx, val, tokenizer, model)
-    result = log_result(found, ctx)
+    found |= score_artifact(load_artifact(path), model, config, ctx, val, tokenizer)
+    result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
     if ctx.rank == 0:
         report = dict(result=result, config=asdict(config), source=source)
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
@@ -2094,10 +2044,8 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
         ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
-        elif config.score:
-            score_only(config, ctx, {n for n, s in source.items() if s in ("cli", "env")})
         else:
-            run(config, source, ctx)
+            (score_only if config.score else run)(config, source, ctx)
         if ctx.world > 1:
             dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
         return 0
@@ -2108,10 +2056,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exit_code(error)
     except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: set --micro_batch to half of the sequences that a rank holds now",
-            file=sys.stderr,
-        )
+        print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
