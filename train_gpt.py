@@ -30,7 +30,7 @@ import signal
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -167,34 +167,33 @@ class Config(Stored):
     log_every: int = 10  # steps between two train lines
 
     def __post_init__(self) -> None:
-        plan = parse_plan(self.plan)
-        for name, low, high in LIMITS:
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)}: must lie between {low} and {high}")
+        plan, bounds = parse_plan(self.plan), {name: pair for pair, names in LIMITS.items() for name in names.split()}
+        for name, value in asdict(self).items():
+            low, high = bounds.get(name, (0, MOST))
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ConfigError(f"{name}={value}: must lie between {low} and {high}")
         for name, words in CHOICES.items():
             value = getattr(self, name)
-            wrong = [w for w in (value.split(",") if name == "also" else [value]) if w not in words]
-            if wrong:
-                raise ConfigError(f"{name}={wrong[0]}: choose from {', '.join(words)}{did_you_mean(wrong[0], words)}")
-        if self.model_dim % self.num_heads:
-            raise ConfigError(f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
-        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            raise ConfigError(f"rope_dims={self.rope_dims}: must be even and at most the head width {self.head_dim}")
-        if self.batch_tokens % self.seq_len:
-            raise ConfigError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")
-        if self.skips == "unet" and plan.is_variable:
-            raise ConfigError(f"skips=unet needs a fixed plan, and {self.plan!r} has *r: use --skips none")
-        if (n_passes := plan.count_passes(self.depth)) > 512:
-            raise ConfigError(f"plan {self.plan!r} has {n_passes} passes; at most 512 are built")
-        for name in ("stride", "band"):
-            if getattr(self, name) > self.seq_len:
-                raise ConfigError(f"{name}={getattr(self, name)} is more than a window of seq_len={self.seq_len} holds")
+            for word in value.split(",") if name == "also" else [value]:
+                if word not in words:
+                    raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
+        for name, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("batch_tokens", "seq_len")):
+            if getattr(self, name) % getattr(self, part):
+                raise ConfigError(f"{name}={getattr(self, name)} is not divisible by {part}={getattr(self, part)}")
+        n_passes, width = plan.count_passes(self.depth), self.head_dim
+        for is_wrong, why in (
+            (self.rope_dims % 2 or self.rope_dims > width, f"rope_dims={self.rope_dims}: even, at most {width} here"),
+            (self.bos_id >= self.vocab_size, f"bos_id={self.bos_id} is outside of vocab_size={self.vocab_size}"),
+            (self.stride > self.seq_len, f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds"),
+            (self.band > self.seq_len, f"band={self.band} is more than seq_len={self.seq_len}"),
+            (self.skips == "unet" and plan.is_variable, "skips=unet needs a plan without *r; use --skips none"),
+            (n_passes > 512, f"plan={self.plan} has {n_passes} passes; at most 512 are built"),
+            (set(self.ttt_freeze) - set(plan.names), f"ttt_freeze={self.ttt_freeze}: the plan has only {plan.names}"),
+        ):
+            if is_wrong:
+                raise ConfigError(why)
         for name in ("xsa_passes", "ve_passes"):
-            parse_pass_set(name, getattr(self, name), len(self.passes))
-        if unknown := set(self.ttt_freeze) - set(plan.names):
-            raise ConfigError(f"ttt_freeze={self.ttt_freeze}: plan {self.plan!r} has no block {sorted(unknown)[0]!r}")
+            parse_pass_set(name, getattr(self, name), n_passes)
 
     @property
     def head_dim(self) -> int:
@@ -208,11 +207,26 @@ class Config(Stored):
     def passes(self) -> tuple[Pass, ...]:
         return parse_plan(self.plan).passes(self.depth, self.depth)
 
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
     def stored(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(Stored)}
 
 
+RECIPES = {
+    "4b7l": {},
+    "pocket": dict(
+        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
+        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
+        final_lr=0.02, average="none", score_mode="sliding", score_tokens=65536, score_batch=16, ttt_chunk=8192,
+        ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0, calibration_tokens=32768,
+    ),
+}  # fmt: skip
+
 CHOICES = {
+    "recipe": RECIPES,
     "skips": ("none", "unet"),
     "average": ("none", "swa", "ema"),
     "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
@@ -222,35 +236,23 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "compile": ("auto", "none", "block", "full"),
 }
-BIG = 2**40
-LIMITS = [  # what a stored config may ask for is bounded too: an artifact is input from a stranger
-    ("depth", 1, 256), ("loop_start", 0, 1), ("vocab_size", 4, 65536), ("bos_id", 0, 65535), ("model_dim", 2, 65536),
-    ("num_heads", 1, 4096), ("num_kv_heads", 1, 4096), ("mlp_mult", 0.01, 64), ("seq_len", 2, 2**20),
-    ("rope_dims", 0, 65536), ("rope_base", 1, 1e9), ("q_gain", 0, 1e3), ("ve_dim", 1, 65536),
-    ("bigram_buckets", 0, 2**24), ("bigram_dim", 1, 65536), ("softcap", 1e-3, 1e6), ("iterations", 0, BIG),
-    ("max_wallclock_seconds", 0.1, 1e7), ("batch_tokens", 2, 2**32), ("micro_batch", 0, 2**20), ("warmdown", 0, 1),
-    ("final_lr", 0, 1), ("momentum_warmup", 0, 1), ("average_start", 0, 1), ("average_every", 1, BIG),
-    ("ema_decay", 0, 1), ("core_bits", 2, 8), ("edge_bits", 2, 8), ("embed_bits", 2, 8), ("table_bits", 2, 8),
-    ("core_k", 0.1, 1e3), ("edge_k", 0.1, 1e3), ("embed_k", 0.1, 1e3), ("table_k", 0.1, 1e3), ("k_scale", 0, 1e3),
-    ("calibration_tokens", 0, BIG), ("export_reserve", 0, 0.5),
-    ("byte_limit", 0, BIG), ("code_reserve", 0, BIG), ("score_tokens", 0, BIG), ("stride", 1, 2**20),
-    ("band", 0, 2**20), ("lora_rank", 1, 4096), ("lora_chunk", 1, 2**20), ("lora_lr", 0, 1e9), ("eval_budget", 0, 1e9),
-    ("score_batch", 1, 2**16), ("ttt_chunk", 2, BIG), ("ttt_epochs", 0, 1000), ("ttt_batch", 1, 2**16),
-    ("matrix_lr", 0, 1e9), ("table_lr", 0, 1e9), ("vector_lr", 0, 1e9), ("ttt_lr", 0, 1e9), ("weight_decay", 0, 1e9),
-    ("momentum", 0, 1), ("momentum_start", 0, 1), ("ttt_momentum", 0, 1), ("beta1", 0, 0.9999), ("beta2", 0, 0.9999),
-    ("checkpoint_every_s", 0, 1e9), ("log_every", 1, BIG), ("grad_clip", 0, 1e9), ("ttt_clip", 1e-9, 1e9),
-]  # fmt: skip
-
-RECIPES = {
-    "4b7l": {},
-    "pocket": dict(
-        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
-        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="none", score_mode="sliding",
-        score_tokens=65536, score_batch=16, ttt_chunk=8192, ttt_batch=4, data_path="data/local",
-        checkpoint_every_s=30.0, calibration_tokens=32768,
-    ),
-}  # fmt: skip
+MOST = 2**40
+LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from a stranger's artifact
+    (-MOST, MOST): "seed",
+    (0, 0.5): "export_reserve",
+    (0, 0.9999): "beta1 beta2",
+    (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
+    (0, 1000): "ttt_epochs",
+    (0, 2**24): "bigram_buckets",
+    (0.01, 64): "mlp_mult",
+    (0.1, MOST): "softcap max_wallclock_seconds core_k edge_k embed_k table_k",
+    (1, 256): "depth",
+    (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim score_batch ttt_batch lora_rank",
+    (1, MOST): "rope_base batch_tokens average_every stride ttt_chunk lora_chunk log_every",
+    (2, 8): "core_bits edge_bits embed_bits table_bits",
+    (2, 65536): "vocab_size model_dim",
+    (2, 2**20): "seq_len",
+}
 
 
 def did_you_mean(word: str, words) -> str:
@@ -260,18 +262,12 @@ def did_you_mean(word: str, words) -> str:
 
 def cast_option(name: str, text: str, default) -> object:
     """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
-    if isinstance(default, bool):
-        if text.lower() in ("1", "true", "0", "false"):
-            return text.lower() in ("1", "true")
-        raise ConfigError(f"{name}={text}: expected 0, 1, true or false")
+    kind = type(default)
     try:
-        value = type(default)(text)
-    except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ConfigError(f"{name}={text}: expected {kind}, like {default}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}={text}: expected a finite number")
-    return value
+        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
 
 
 def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
@@ -282,15 +278,13 @@ def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
         name, has_value, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in defaults:
-            options = [f"--{known}" for known in defaults]
-            raise ConfigError(f"unknown option {word.split('=')[0]}{did_you_mean('--' + name, options)}; see --help")
+            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
+            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
         if not has_value:
-            if isinstance(defaults[name], bool) and (not words or words[0].startswith("--")):
-                text = "1"
-            elif words:
-                text = words.popleft()
-            else:
+            is_bare = not words or words[0].startswith("--")
+            if is_bare and not isinstance(defaults[name], bool):
                 raise ConfigError(f"option {word} needs a value")
+            text = "1" if is_bare else words.popleft()
         found[name] = cast_option(name, text, defaults[name])
     return found
 
@@ -298,36 +292,39 @@ def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
 def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
     """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
     defaults = {f.name: f.default for f in fields(Config)}
-    given = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
-    source = dict.fromkeys(defaults, "default") | dict.fromkeys(given, "env")
+    from_env = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
     on_line = parse_command_line(argv, defaults)
-    given |= on_line
-    source |= dict.fromkeys(on_line, "cli")
+    given = from_env | on_line
     if given.get("resume"):
-        return resumed_config(given), {n: "resume" if s == "default" else s for n, s in source.items()}
-    recipe = given.get("recipe") or ("4b7l" if torch.cuda.is_available() else "pocket")
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe={recipe}: choose from {', '.join(RECIPES)}{did_you_mean(recipe, RECIPES)}")
-    base = {"recipe": recipe} | RECIPES[recipe]
-    source = {n: ("recipe" if n in base and s == "default" else s) for n, s in source.items()}
+        folder = Path(given["resume"])
+        origin, base = "resume", load_started_config(folder, given)
+        given["run_id"] = folder.name
+    else:
+        origin, recipe = "recipe", given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
+        base = {"recipe": recipe} | RECIPES.get(recipe, {})
+    layers = {"default": defaults, origin: base, "env": from_env, "cli": on_line}
+    source = {name: layer for layer, values in layers.items() for name in values}
     return Config(**(defaults | base | given)), source
 
 
-def resumed_config(given: dict[str, object]) -> Config:
+def load_started_config(folder: Path, given: dict[str, object]) -> dict:
     """A resumed run keeps the config that it was started with; only what does not change its result may differ."""
-    folder = Path(given["resume"])
     try:
         stored = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"resume={folder}: no readable config.json there ({error.__class__.__name__})") from None
-    free = {"resume", "run_id", "checkpoint_every_s", "log_every"}
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    if not isinstance(stored, dict) or {n: type(v) for n, v in stored.items()} != kinds:
-        raise ConfigError(f"resume={folder}: its config.json is damaged or from another version of this script")
+        if not holds_fields(stored, Config):
+            raise ValueError("other fields")
+    except (OSError, ValueError):
+        raise ConfigError(f"resume={folder}: config.json there is missing, damaged or of another version") from None
     for name, value in given.items():
-        if name not in free and stored.get(name) != value:
-            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored.get(name)}; leave it out")
-    return Config(**(stored | {n: v for n, v in given.items() if n in free} | {"run_id": folder.name}))
+        if name not in ("resume", "run_id", "checkpoint_every_s", "log_every") and stored[name] != value:
+            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored[name]}; leave it out")
+    return stored
+
+
+def holds_fields(values, kind: type[Stored]) -> bool:
+    """Whether something read from JSON has exactly the fields of a config, each of its type."""
+    types = {f.name: type(f.default) for f in fields(kind)}
+    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
 
 
 def help_text() -> str:
@@ -340,143 +337,113 @@ def help_text() -> str:
     return "\n".join([title, *lines])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """One application of a physical block."""
 
     block: int
     slot: int  # row of the per-pass tables
-    enter: tuple[int, ...]  # groups whose incoming stream is kept before this pass
-    inject: tuple[int, ...]  # groups whose kept stream is mixed in before this pass
-    norm: bool  # a norm follows this pass
+    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
+    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
+    norm: bool = False  # a norm follows this pass
 
 
 @dataclass(frozen=True)
 class Group:
-    """`(items)*count` of a plan; count 0 stands for r. `norms`: 0 none, 1 between repetitions, 2 after each."""
+    """`(items)*count` of a plan; count 0 stands for r."""
 
-    items: tuple[int | Group, ...]
-    count: int
-    index: int
-    inject: bool
-    norms: int
+    items: tuple[int | Group, ...]  # blocks are numbers
+    count: int = 1
+    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
+    norms: int = 0  # 1 between repetitions, 2 after each
+
+    def count_passes(self, depth: int) -> int:
+        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
+
+    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
+        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
+        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
+        passes, repetitions = [], self.count or rows
+        stride = self.count_passes(rows) // repetitions
+        last = (self.count or depth if depth else 1) - 1
+        for repetition in range(last + 1):
+            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
+            for item in self.items:
+                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
+                at += item.count_passes(rows) if isinstance(item, Group) else 1
+            passes[first].inject = self.inject + passes[first].inject
+            if repetition == 0:
+                passes[first].enter = self.inject + passes[first].enter
+            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
+        return passes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A parsed loop plan: block letters in order of first appearance, and the tree of groups."""
+class Plan(Group):
+    """A parsed loop plan."""
 
-    names: str
-    items: tuple[int | Group, ...]
-    injected: tuple[int, ...]  # indices of the groups that re-inject their input
-    is_variable: bool  # one group repeats r times
+    names: str = ""  # letters of the blocks in order of first appearance
+    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
+    is_variable: bool = False  # one group repeats r times
 
     def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
-        """The passes with r = depth; depth 0 runs every group once. Per-pass tables cover `rows` repetitions of the
-        *r group, deeper ones reuse the last row."""
-        table = {key: i for i, (_, key, *_) in enumerate(self._walk(self.items, max(rows, 1), (), rows))}
-        walk = self._walk(self.items, depth, (), rows)
-        return tuple(Pass(block, table[key], tuple(e), tuple(j), norm) for block, key, e, j, norm in walk)
-
-    def count_passes(self, depth: int) -> int:
-        def count(items) -> int:
-            return sum((item.count or depth) * count(item.items) if isinstance(item, Group) else 1 for item in items)
-
-        return count(self.items)
-
-    def _walk(self, items, depth: int, key: tuple, rows: int) -> list:
-        out = []
-        for place, item in enumerate(items):
-            if not isinstance(item, Group):
-                out.append((item, (*key, place), [], [], False))
-                continue
-            count = 1 if depth == 0 else item.count or depth
-            for rep in range(count):
-                row = min(rep, rows - 1) if item.count == 0 else rep
-                inner = self._walk(item.items, depth, (*key, place, row), rows)
-                if item.inject:
-                    inner[0][3].insert(0, item.index)
-                    if rep == 0:
-                        inner[0][2].insert(0, item.index)
-                if item.norms == 2 or (item.norms == 1 and rep < count - 1):
-                    inner[-1] = (*inner[-1][:4], True)
-                out += inner
-        return out
+        return tuple(self.expand(depth, rows))
 
 
 @functools.lru_cache
 def parse_plan(text: str) -> Plan:
     """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
-    names, groups, at = {}, [], 0
+    names, opened, at = {}, [], 0
 
-    def fail(why: str, where: int):
-        raise ConfigError(f"plan {text!r}, character {where + 1} ({text[where : where + 1] or 'end'}): {why}")
-
-    def items(closing: bool) -> tuple:
+    def take(pattern: str, expected: str = "") -> str:
         nonlocal at
-        found = []
-        while at < len(text) and ((text[at].isalpha() and text[at].isascii()) or text[at] == "("):
-            if text[at] == "(":
-                found.append(group())
-            else:
-                found.append(names.setdefault(text[at], len(names)))
-                at += 1
+        found = re.compile(pattern).match(text, at)
         if not found:
-            fail("expected a block letter or a group", at)
-        if not closing and at < len(text):
-            fail("expected a block letter, or '(' to open a group", at)
-        return tuple(found)
+            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
+        at = found.end()
+        return found[0]
 
-    def group() -> Group:
-        nonlocal at
-        start, at = at, at + 1
-        if start > 0 and text[:start].count("(") - text[:start].count(")") >= 16:
-            fail("groups are nested more than 16 deep", start)
-        inject = text[at : at + 1] == "^"
-        at += inject
-        index = len(groups)
-        groups.append(None)
-        inner = items(closing=True)
-        norms = len(text[at:]) - len(text[at:].lstrip("~"))
-        if norms > 2:
-            fail("one ~ norms between repetitions, two after each; no more", at + 2)
-        at += norms
-        if text[at : at + 1] != ")":
-            fail(f"the group opened at character {start + 1} needs a letter, '~' or ')' here", at)
-        if text[at + 1 : at + 2] != "*":
-            fail("a group is followed by * and a count, as in (ab)*3", at + 1)
-        at += 2
-        digits = len(text[at:]) - len(text[at:].lstrip("0123456789"))
-        count = text[at : at + max(digits, 1)]
-        if count != "r" and (not 1 <= digits <= 3 or not 1 <= int(count) <= 256):
-            fail("a count is a number from 1 to 256, or r", at)
-        if count == "r" and any(g is not None and g.count == 0 for g in groups):
-            fail("only one group can repeat r times", at)
-        at += len(count)
-        groups[index] = Group(inner, 0 if count == "r" else int(count), index, inject, norms)
-        return groups[index]
+    def items(nesting: int) -> tuple[int | Group, ...]:
+        found = []
+        while not found or re.match("[a-zA-Z(]", text[at:]):
+            start = "a block letter, or '(' for a group, at most 16 of them nested"
+            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", start)
+            if mark.isalpha():
+                found.append(names.setdefault(mark, len(names)))
+                continue
+            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
+            opened.append(inject)
+            inner = items(nesting + 1)
+            norms = len(take("~{0,2}"))
+            take(r"\)", f"a letter, at most two '~' or the ')' of the group opened at character {begin}")
+            take(r"\*", "'*' and a count behind a group, as in (ab)*3")
+            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
+            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r for one group only")
+            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
+        return tuple(found)
 
     if len(text) > 1000:
         raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
-    tree = items(closing=False)
-    injected = tuple(g.index for g in groups if g.inject)
-    return Plan("".join(names), tree, injected, any(g.count == 0 for g in groups))
+    tree = items(0)
+    take(r"\Z", "a block letter or '('")
+    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
 
 
 def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
     """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
-    if text in ("none", "all"):
-        return frozenset(range(n_passes if text == "all" else 0))
+    passes = range(n_passes)
     try:
-        if text.startswith("last"):
-            chosen = frozenset(range(n_passes - int(text[4:]), n_passes))
+        if text in ("none", "all"):
+            chosen = passes if text == "all" else ()
+        elif text.startswith("last"):
+            chosen = range(n_passes - int(text[4:]), n_passes)
         else:
-            chosen = frozenset(int(word) for word in text.split(","))
+            chosen = [int(word) for word in text.split(",")]
+        if all(number in passes for number in chosen):
+            return frozenset(chosen)
     except ValueError:
-        raise ConfigError(f"{name}={text}: expected none, all, last4 or a list like 3,5,6") from None
-    if not chosen <= frozenset(range(n_passes)):
-        raise ConfigError(f"{name}={text}: the plan has passes 0 to {n_passes - 1}")
-    return chosen
+        pass
+    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,20 +456,18 @@ class Log:
     """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.files, self.early = quiet, [], []  # early: lines from before there was a file
+        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
 
     def open(self, path: Path) -> None:
         if not self.quiet:
-            self.files.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115 (open until the end)
-            print(*self.early, sep="\n", end="\n" if self.early else "", file=self.files[-1], flush=True)
+            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+            self.file.write(early)
 
     def line(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
             sys.stdout.flush()
-            self.early += [] if self.files else [text]
-            for file in self.files:
-                print(text, file=file, flush=True)
+            print(text, file=self.file, flush=True)
 
     def __call__(self, event: str, **pairs) -> None:
         self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
@@ -556,22 +521,26 @@ class RunContext:
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
     """Joins the process group that torchrun announces in the environment; alone otherwise."""
+
+    def choose(name: str, by_itself: str) -> str:
+        return by_itself if getattr(config, name) == "auto" else getattr(config, name)
+
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    on_gpu = choose("device", "cuda" if has_gpu else "cpu") == "cuda"
+    if on_gpu and not has_gpu:
         raise ConfigError("device=cuda: this machine has no usable CUDA device; use --device cpu")
-    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else "cpu")
-    if kind == "cuda":
+    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
-    has_bf16 = kind == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if has_bf16 else "float32"
+    has_bf16 = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = choose("dtype", "bfloat16" if has_bf16 else "float32")
     # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
-    fixed = not parse_plan(config.plan).is_variable
-    mode = config.compile if config.compile != "auto" else "full" if kind == "cuda" and fixed else "block"
+    mode = choose("compile", "full" if on_gpu and not parse_plan(config.plan).is_variable else "block")
     log = Log(quiet=rank != 0)
     if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
         log.line(f"# running uncompiled, about half as fast: {fault}")
@@ -630,14 +599,13 @@ class TokenStream:
         self.total = int(self.starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        out, filled = np.empty(count, dtype=np.int64), 0
-        while filled < count:
-            at = (start + filled) % self.total
-            index = int(np.searchsorted(self.starts, at, side="right")) - 1
-            piece = self.shards[index][at - self.starts[index] :][: count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        return out
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            start %= self.total
+            index = np.searchsorted(self.starts, start, side="right") - 1
+            pieces.append(self.shards[index][start - self.starts[index] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
 
     def fingerprint(self) -> str:
         """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
@@ -663,7 +631,7 @@ def split_span(tokens: Tensor, config: Config, ctx: RunContext) -> tuple[Tensor,
 
 def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer and the sha256 of its file."""
-    path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
+    path = config.tokenizer_file
     if not path.is_file():
         find_shards(config.data_path, "val")  # the folder itself may be what is missing
         raise DataError(f"{path}: no tokenizer there; set --tokenizer_path")
@@ -1343,6 +1311,11 @@ class ArtifactError(Stop):
     exit_code = 4
 
 
+def require(is_good: bool, otherwise: str) -> None:
+    if not is_good:
+        raise ArtifactError(otherwise)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
@@ -1371,19 +1344,16 @@ def write_atomic(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def quantize_weights(
-    weights: dict[str, Tensor], grids: dict[str, Grid | None], hessians: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
     """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
     stored = {}
     for name, weight in weights.items():
-        grid = grids[name]
-        if grid is None:
+        if not (grid := grids[name]):
             stored[name] = weight.half()
-        elif name in hessians:
-            stored[name], stored[f"{name}.step"] = round_with_feedback(weight, hessians[name], grid)
-        else:
-            stored[name], stored[f"{name}.step"] = quantize_tensor(weight, grid)
+            continue
+        known = name in hessians
+        codes_and_step = round_with_feedback(weight, hessians[name], grid) if known else quantize_tensor(weight, grid)
+        stored[name], stored[f"{name}.step"] = codes_and_step
     return stored
 
 
@@ -1416,36 +1386,29 @@ def fit_artifact(
     """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
     and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each encoding."""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
+    trained, extra = k_scale, 0
 
     def size_at(scale: float) -> int:
-        return forecast_bytes(model, build_grids(config, model, scale), weights)
+        return forecast_bytes(model, build_grids(config, model, scale), weights) + extra
 
     is_bound = size_at(k_scale) > room or is_limit_binding(config, k_scale)
-    trained, extra = k_scale, 0
     for _ in range(6):
         if is_bound:
-            k_scale = solve_k_scale(lambda scale: size_at(scale) + extra, int(0.998 * room), config)  # noqa: B023
+            k_scale = solve_k_scale(size_at, int(0.998 * room), config)
         grids = build_grids(config, model, k_scale)
-        bits = {name: grid.bits for name, grid in grids.items() if grid}
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
         stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
-        content = pack_artifact(config, stored, bits, tokenizer)
+        content = pack_artifact(config, stored, {name: grid.bits for name, grid in grids.items() if grid}, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
-        is_bound, extra = True, len(content) - size_at(k_scale)
-    raise DoesNotFit(
-        f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below it"
-    )
+        is_bound, extra = True, extra + len(content) - size_at(k_scale)
+    limit = f"byte_limit={config.byte_limit:,}"
+    raise DoesNotFit(f"{limit}: a file of {len(content):,} bytes does not settle just below it")
 
 
 def config_from_stored(stored: dict) -> Config:
-    """The config of a stored artifact: exactly the stored fields, each of the right type."""
-    kinds = {f.name: type(f.default) for f in fields(Stored)}
-    if not isinstance(stored, dict) or set(stored) != set(kinds):
-        raise ArtifactError("its config does not hold the fields that this version stores")
-    for name, kind in kinds.items():
-        if type(stored[name]) is not kind and not (kind is float and type(stored[name]) is int):
-            raise ArtifactError(f"its config has {name}={stored[name]!r}, which is not {kind.__name__}")
+    """The config of a stored artifact."""
+    require(holds_fields(stored, Stored), "its config does not hold the fields of this version, each of its type")
     try:
         return Config(**stored, batch_tokens=stored["seq_len"])
     except ConfigError as error:
@@ -1456,60 +1419,51 @@ def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
     """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
     with torch.device("meta"):
         model = LoopedGPT(config)
-    layout, ends = [], [0, 0]
-
-    def add(name: str, shape: torch.Size, width: int, scheme: str, stream: int, item_bytes: int) -> None:
-        size = shape.numel() * item_bytes
-        layout.append(dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream],
-                           bytes=size))  # fmt: skip
-        ends[stream] += size
-
+    shapes, layout, ends = {}, [], [0, 0]
     for name, p in model.named_parameters():
-        if model.kind(name) == "vector":
-            add(name, p.shape, 16, "fp16", PLAIN, 2)
-        else:
-            add(name, p.shape, bits.get(name, 0), "int", CODES, 1)
-            add(f"{name}.step", p.shape[:1], 16, "fp16", PLAIN, 2)
+        shapes[name] = p.shape
+        if model.kind(name) != "vector":
+            shapes[f"{name}.step"] = p.shape[:1]
+    for name, shape in shapes.items():
+        has_step = f"{name}.step" in shapes
+        width, scheme, stream = (bits.get(name, 0), "int", CODES) if has_step else (16, "fp16", PLAIN)
+        entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
+        layout.append(entry | dict(bytes=shape.numel() * (1 if has_step else 2)))
+        ends[stream] += layout[-1]["bytes"]
     return layout
 
 
 def unpack_artifact(content: bytes) -> Artifact:
     """Checks everything before it allocates anything that the file asks for."""
-    if len(content) < 48 or content[:8] != MAGIC:
-        raise ArtifactError("it does not start like an artifact" if len(content) >= 8 else "it is too short")
+    require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
     version, header_bytes = struct.unpack("<II", content[8:16])
-    if version != VERSION:
-        raise ArtifactError(f"it has version {version}, this script reads {VERSION}")
-    if header_bytes > min(MAX_HEADER_BYTES, len(content) - 48):
-        raise ArtifactError(f"its header claims {header_bytes} bytes, more than the file can hold")
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise ArtifactError("its digest does not match: truncated or changed")
+    require(version == VERSION, f"it has version {version}, this script reads {VERSION}")
+    at, end, digest = 16 + header_bytes, len(content) - 32, hashlib.sha256(content[:-32]).digest()
+    require(at <= min(16 + MAX_HEADER_BYTES, end), f"its header claims {header_bytes} bytes, more than it can hold")
+    require(digest == content[-32:], "its digest does not match: truncated or changed")
     try:
-        header = json.loads(content[16 : 16 + header_bytes].decode("utf-8"))
+        header = json.loads(content[16:at].decode("utf-8"))
         stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
         bits = {entry["name"]: entry["bits"] for entry in tensors}
-        sizes = [(s["codec"], s["bytes"], s["raw_bytes"]) for s in streams]
-        assert set(tokenizer) == {"sha256", "vocab"} and all(type(b) is int for b in bits.values())
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        codecs, packed_sizes, raw_sizes = zip(*((s["codec"], s["bytes"], s["raw_bytes"]) for s in streams))
+        well_typed = all(type(n) is int and n >= 0 for n in (*bits.values(), *packed_sizes))
+        require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
     layout = build_layout(config_from_stored(stored), bits)
-    if tensors != layout or not all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int"):
-        raise ArtifactError("its tensor table is not that of its config")
-    raw_sizes = [sum(e["bytes"] for e in layout if e["stream"] == s) for s in (CODES, PLAIN)]
-    if [raw for _, _, raw in sizes] != raw_sizes or sum(raw_sizes) > MAX_RAW_BYTES:
-        raise ArtifactError("its streams do not have the sizes that its tensors need")
-    at, raw_streams = 16 + header_bytes, []
-    if any(type(n) is not int or n < 0 for _, n, _ in sizes) or at + sum(n for _, n, _ in sizes) + 32 != len(content):
-        raise ArtifactError("its streams do not fill the file")
-    for stream, (codec, n_bytes, raw_bytes) in enumerate(sizes):
-        shapes = [tuple(e["shape"]) for e in layout if e["stream"] == stream]
-        raw_streams.append(decompress(codec, content[at : at + n_bytes], raw_bytes, shapes if stream == CODES else []))
+    is_same = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
+    require(is_same, "its tensor table is not that of its config")
+    needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
+    is_same = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES
+    require(is_same, "its streams do not have the sizes that its tensors need")
+    require(at + sum(packed_sizes) == end, "its streams do not fill the file")
+    shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
+    for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
+        raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
         at += n_bytes
-    raw = {e["name"]: read_tensor(raw_streams[e["stream"]], e) for e in layout}
-    weights = {}
-    for name in (e["name"] for e in layout if not e["name"].endswith(".step")):
-        step = raw.get(f"{name}.step")
-        weights[name] = raw[name] if step is None else dequantize_tensor(raw[name], step)
+    raw = {e["name"]: read_tensor(raws[e["stream"]], e) for e in layout}
+    steps = {name: raw.get(f"{name}.step") for name in raw if not name.endswith(".step")}
+    weights = {n: raw[n] if step is None else dequantize_tensor(raw[n], step) for n, step in steps.items()}
     return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -1517,24 +1471,25 @@ def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int
     try:
         if codec == "rans" and shapes:
             return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
-        if codec != "zstd" or zstandard.frame_content_size(packed) != raw_bytes:
-            raise ValueError("codec or size is not what this script reads")
+        is_ours = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
+        require(is_ours, "a stream has a codec or size that this script does not read")
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
     except (ValueError, zstandard.ZstdError) as error:
         raise ArtifactError(f"a stream does not decode: {error}") from None
-    if len(raw) != raw_bytes:
-        raise ArtifactError("a stream does not decode to the size it promises")
+    require(len(raw) == raw_bytes, "a stream does not decode to the size it promises")
     return raw
 
 
 def read_tensor(raw: bytes, entry: dict) -> Tensor:
-    dtype = torch.int8 if entry["scheme"] == "int" else torch.float16
+    """One tensor out of its stream."""
+    name, bits, dtype = entry["name"], entry["bits"], torch.int8 if entry["scheme"] == "int" else torch.float16
     piece = bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
     values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-    if dtype == torch.float16 and not values.isfinite().all():
-        raise ArtifactError(f"tensor {entry['name']} holds values that are not finite")
-    if dtype == torch.int8 and len(piece) and values.short().abs().max() > 2 ** (entry["bits"] - 1) - 1:
-        raise ArtifactError(f"tensor {entry['name']} holds codes beyond its {entry['bits']} bits")
+    if dtype == torch.float16:
+        require(bool(values.isfinite().all()), f"tensor {name} holds values that are not finite")
+    else:
+        largest = Grid(bits, 1.0).largest
+        require(bool((values.short().abs() <= largest).all()), f"tensor {name} holds codes beyond its {bits} bits")
     return values.view(entry["shape"])
 
 
@@ -2059,27 +2014,20 @@ def train(
 
 def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """What ran, where, on what: without it a log proves nothing."""
-    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id or "-", code_sha256=hash_counted_code())
-    gpu = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
-    ctx.log("versions", python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            zstandard=zstandard.__version__, sentencepiece=sentencepiece.__version__)  # fmt: skip
-    ctx.log("hardware", device=ctx.device.type, name=gpu, world=ctx.world, threads=torch.get_num_threads(),
-            dtype=str(ctx.dtype).removeprefix("torch."))  # fmt: skip
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=hash_counted_code())
+    modules = (torch, np, zstandard, sentencepiece)
+    ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
+    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
+    threads, dtype = torch.get_num_threads(), str(ctx.dtype).removeprefix("torch.")
+    ctx.log("hardware", device=ctx.device.type, name=name, world=ctx.world, threads=threads, dtype=dtype)
     for name, value in asdict(config).items():
         ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
 
 
-def counted_files() -> list[Path]:
-    """The files that a run is made of: this script and what it imports from the repository."""
-    modules = [sys.modules[part.__module__] for part in (read_shard, encode_matrices)]
-    return [Path(__file__), *(Path(module.__file__) for module in modules)]
-
-
 def hash_counted_code() -> str:
-    digest = hashlib.sha256()
-    for path in counted_files():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """sha256 of the files that a run is made of: this script and what it imports from the repository."""
+    files = [__file__, *(sys.modules[part.__module__].__file__ for part in (read_shard, encode_matrices))]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
@@ -2087,52 +2035,45 @@ def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) 
     counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
     for name, p in model.named_parameters():
         counts[model.role(name)] += p.numel()
-    n_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
-    total, limit = n_bytes + config.code_reserve, config.byte_limit
-    if limit and total > 1.05 * limit:
-        raise DoesNotFit(f"byte_limit={limit:,}: about {total:,} bytes are expected; raise --k_scale or leave it at 0")
+    params, n_passes, limit = sum(counts.values()), len(config.passes), config.byte_limit
+    artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total_bytes = artifact_bytes + config.code_reserve
+    if limit and total_bytes > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
     flops = compute_flops(config, config.depth)
-    ctx.log("model", params=sum(counts.values()), **counts, passes=len(config.passes), blocks=len(model.blocks))
-    ctx.log("forecast", flops_per_token=flops, artifact_bytes=n_bytes, total_bytes=n_bytes + config.code_reserve,
-            limit=limit, k_scale=k_scale,
-            core_bits=compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale)))  # fmt: skip
-    if config.k_scale and limit and 0.97 * limit < total:
-        ctx.log.line(
-            f"# warning: {100 * total / limit:.1f}% of the byte limit is expected, the export may coarsen the grid"
-        )
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
-    bytes_per_token = len(config.passes) * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
-    memory = rows * (bytes_per_token + 8 * config.vocab_size) + sum(counts.values()) * 24
+    bytes_per_token = n_passes * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
+    memory = rows * (bytes_per_token + 8 * config.vocab_size) + params * 24
     # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
     core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
     rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
-    ctx.log("forecast", step_ms=1000 * flops * config.batch_tokens / (rate * ctx.world), memory_mb=memory / 1e6,
-            tokens_per_step=config.batch_tokens, world=ctx.world, device=ctx.device.type)  # fmt: skip
+    core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
+    ctx.log("model", params=params, **counts, passes=n_passes, blocks=len(model.blocks))
+    ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
+    step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
+    ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)
+    if config.k_scale and limit and total_bytes > 0.97 * limit:
+        ctx.log.line(f"# warning: {total_bytes / limit:.1%} of byte_limit expected, the export may coarsen the grid")
 
 
 def dry_run(config: Config, ctx: RunContext) -> None:
     with torch.device("meta"):
         model = LoopedGPT(config)
-    by_part: dict[str, int] = {}
+    by_part = Counter()
     for name, p in model.named_parameters():
-        part = ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1])
-        by_part[part] = by_part.get(part, 0) + p.numel()
-    ctx.log.line(f"params:{sum(by_part.values())}")
+        by_part[re.match(r"blocks\.\w|\w+", name)[0]] += p.numel()
+    ctx.log.line(f"params:{by_part.total()}")
     for part, count in by_part.items():
         ctx.log("part", name=part, params=count)
     log_plan(config, plan_k_scale(config, model), model, ctx)
 
 
 def check_split(config: Config, ctx: RunContext) -> None:
-    sequences = config.batch_tokens // config.seq_len
-    if sequences % ctx.world:
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens}: {sequences} sequences do not split over {ctx.world} ranks"
-        )
-    if config.micro_batch and sequences // ctx.world % config.micro_batch:
-        raise ConfigError(
-            f"micro_batch={config.micro_batch} does not divide the {sequences // ctx.world} sequences of a rank"
-        )
+    tokens, size, whole = config.batch_tokens, config.micro_batch, config.batch_tokens // config.seq_len
+    if whole % ctx.world:
+        raise ConfigError(f"batch_tokens={tokens}: {whole} sequences do not split over {ctx.world} ranks")
+    if size and whole // ctx.world % size:
+        raise ConfigError(f"micro_batch={size} does not divide the {whole // ctx.world} sequences of a rank")
 
 
 def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
@@ -2147,66 +2088,44 @@ def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, 
         dist.barrier()
 
 
-def score_artifact(path: Path, config: Config, ctx: RunContext, val: Validation, tokenizer: dict, model=None) -> dict:
+def score_artifact(
+    artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, tokenizer: dict
+) -> dict:
     """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
-    artifact = load_artifact(path)
     if artifact.tokenizer != tokenizer:
-        raise ConfigError(f"{path}: made with another tokenizer than the one in {config.data_path}")
-    model = model or build_model(config, ctx)
+        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     load_weights(model, artifact.tensors)
     started = time.perf_counter()
     final = evaluate(config.score_mode, model, config, ctx, val)
-    eval_s = time.perf_counter() - started
-    found = dict(val_bpb=f"{final.bpb:.8f}", val_loss=f"{final.loss:.8f}", score_mode=config.score_mode)
-    for mode in dict.fromkeys(config.also.split(",")):
-        if mode in CHOICES["score_mode"]:
+    found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
+    found["eval_s"] = time.perf_counter() - started
+    for mode in CHOICES["score_mode"]:
+        if mode in config.also.split(","):
             score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
-            found[f"bpb_{mode}"] = f"{score.bpb:.8f}"
-    total = artifact.size + ctx.code_bytes
-    sizes = dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total)
-    fits = not config.byte_limit or total <= config.byte_limit
-    return found | dict(eval_s=eval_s) | sizes | dict(limit=config.byte_limit, fits="yes" if fits else "no",
-                        artifact_sha256=artifact.sha256)  # fmt: skip
-
-
-RESULT_FIELDS = [
-    "val_bpb",
-    "val_loss",
-    "score_mode",
-    "bpb_trained",
-    "bpb_averaged",
-    "bpb_plain",
-    "bpb_sliding",
-    "bpb_banded",
-    "bpb_sgd",
-    "bpb_lora",
-    "steps",
-    "tokens",
-    "train_s",
-    "eval_s",
-    "artifact_bytes",
-    "code_bytes",
-    "total_bytes",
-    "limit",
-    "fits",
-    "seed",
-    "recipe",
-    "artifact_sha256",
-]
+            found[f"bpb_{mode}"] = score.bpb
+    total, limit = artifact.size + ctx.code_bytes, config.byte_limit
+    found |= dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
+    return found | dict(fits="no" if 0 < limit < total else "yes", artifact_sha256=artifact.sha256)
 
 
 def log_result(found: dict, ctx: RunContext) -> dict:
-    result = {name: found[name] for name in RESULT_FIELDS if name in found}
+    """The last line of a run: its fields in their order, as far as they were found."""
+    order = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain bpb_sliding bpb_banded bpb_sgd
+        bpb_lora steps tokens train_s eval_s artifact_bytes code_bytes total_bytes limit fits seed recipe
+        artifact_sha256"""
+    result = {name: found[name] for name in order.split() if name in found}
+    result |= {name: f"{value:.8f}" for name, value in result.items() if name.startswith(("val_", "bpb_"))}
     ctx.log("result", **result)
     return result
 
 
-def score_only(config: Config, ctx: RunContext, given: set[str]) -> None:
+def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """--score: the model comes from the file, how to score too unless said otherwise."""
-    stored = {n: v for n, v in load_artifact(config.score).stored.items() if n not in given}
+    artifact = load_artifact(config.score)
+    stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(Path(config.score), config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, build_model(config, ctx), config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
@@ -2215,12 +2134,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     # ranks that start in different seconds would look for the artifact in different folders
     started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
     config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
-    folder = Path("runs") / config.run_id
-    if config.resume:
-        folder = Path(config.resume)
-        for cut_off in folder.glob(".*.part") if ctx.rank == 0 else ():
-            cut_off.unlink()  # what a killed process was writing
-    elif ctx.rank == 0 and (folder / "config.json").exists():  # a late rank would see what rank 0 writes below
+    folder = Path(config.resume or f"runs/{config.run_id}")
+    if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val, tokenizer = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
@@ -2229,26 +2144,25 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     model.init_weights(config.seed)
     if ctx.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in folder.glob(".*.part"):
+            cut_off.unlink()  # what a killed process was writing
         ctx.log.open(folder / "log.txt")
         write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
-        source_path = Path(config.tokenizer_path or Path(config.data_path) / "tokenizer.model")
-        write_atomic(folder / "tokenizer.model", source_path.read_bytes())
+        write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
     log_head(config, source, ctx)
     ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
     log_plan(config, k_scale, model, ctx)
     trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
-    found |= dict(seed=config.seed, recipe=config.recipe)
-    wanted = config.also.split(",")
-    if "trained" in wanted:
-        found["bpb_trained"] = f"{evaluate('plain', model, config, ctx, val, 'trained').bpb:.8f}"
-    if "averaged" in wanted:
-        trained.latents.publish(trained.averaged, quantized=False)
-        found["bpb_averaged"] = f"{evaluate('plain', model, config, ctx, val, 'averaged').bpb:.8f}"
+    for name in ("trained", "averaged"):
+        if name in config.also.split(","):
+            if name == "averaged":
+                trained.latents.publish(trained.averaged, quantized=False)
+            found[f"bpb_{name}"] = evaluate("plain", model, config, ctx, val, name).bpb
     path = folder / "artifact.lg"
     export(config, ctx, model, trained, tokenizer, path)
-    found |= score_artifact(path, config, ctx, val, tokenizer, model)
-    result = log_result(found, ctx)
+    found |= score_artifact(load_artifact(path), model, config, ctx, val, tokenizer)
+    result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
     if ctx.rank == 0:
         report = dict(result=result, config=asdict(config), source=source)
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
@@ -2269,10 +2183,8 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
         ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
-        elif config.score:
-            score_only(config, ctx, {n for n, s in source.items() if s in ("cli", "env")})
         else:
-            run(config, source, ctx)
+            (score_only if config.score else run)(config, source, ctx)
         if ctx.world > 1:
             dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
         return 0
@@ -2283,10 +2195,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exit_code(error)
     except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: set --micro_batch to half of the sequences that a rank holds now",
-            file=sys.stderr,
-        )
+        print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
