@@ -1,8 +1,9 @@
 """Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
 it imports, without comments, docstrings and what main() never reaches, minified and compressed.
 
-The result is a zip application of two entries: a stub, and all modules as one LZMA stream. The stub unpacks them into
-a private temporary folder, because Triton and torch.compile read the source of what they compile, and calls main().
+The result is a zip application of two entries: a stub, and one LZMA stream with a start script and all modules. The
+stub runs the start script, which unpacks the modules into a private temporary folder, because Triton and torch.compile
+read the source of what they compile, and calls main().
 The same code always gives the same bytes.
 
 Example:
@@ -16,7 +17,6 @@ import argparse
 import ast
 import hashlib
 import io
-import json
 import lzma
 import sys
 import zipfile
@@ -26,10 +26,14 @@ import train_gpt
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 ENTRY = "train_gpt"
-STUB = """import sys,os,json,lzma,atexit,shutil,tempfile
+STUB = """import lzma
+parts=lzma.decompress(__loader__.get_data("code")).decode().split("\\0")
+exec(parts[0])
+"""
+START = """import atexit,os,shutil,sys,tempfile
 archive,folder=sys.path[0],tempfile.mkdtemp(prefix="loopgolf-")
 atexit.register(shutil.rmtree,folder,True)
-for name,text in json.loads(lzma.decompress(__loader__.get_data("code"),lzma.FORMAT_RAW,filters=[%s])).items():
+for name,text in zip(parts[1::2],parts[2::2]):
  path=os.path.join(folder,name)
  os.makedirs(os.path.dirname(path),exist_ok=True)
  with open(path,"w",encoding="utf-8") as file: file.write(text)
@@ -79,7 +83,7 @@ def defined_by(line: ast.stmt) -> set[str]:
     """Names that a line at the top of a module binds, where nothing else depends on its being run."""
     if isinstance(line, ast.FunctionDef | ast.ClassDef):
         return {line.name}
-    if isinstance(line, ast.Import | ast.ImportFrom) and getattr(line, "module", "") != "__future__":
+    if isinstance(line, ast.Import | ast.ImportFrom):  # from __future__, too: annotations are not kept
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
@@ -94,46 +98,51 @@ def keep_reachable(modules: dict[str, ast.Module]) -> None:
         kept |= {id(line) for line in reached}
         wanted = set().union(*(names_in(line) for line in reached)) if reached else set()
     for tree in modules.values():
-        tree.body = [line for line in tree.body if id(line) in kept or (isinstance(line, ast.ImportFrom | ast.Expr)
-                     and not defined_by(line))]  # fmt: skip
+        tree.body = [line for line in tree.body if id(line) in kept or isinstance(line, ast.Expr)]
 
 
-def compress(raw: bytes) -> tuple[bytes, str]:
-    """The smallest of the settings that suit short text, and the filter that reads it."""
+def compress(raw: bytes) -> bytes:
+    """The smallest of the settings that suit short text; the stream says which."""
     found = []
     for lc, pb in ((lc, pb) for lc in range(5) for pb in range(3)):
+        strong = dict(preset=9 | lzma.PRESET_EXTREME, nice_len=273, depth=1000)
         settings = dict(id=lzma.FILTER_LZMA1, dict_size=1 << 20, lc=lc, lp=0, pb=pb)
-        strong = settings | dict(preset=9 | lzma.PRESET_EXTREME, nice_len=273, depth=1000)
-        found.append((lzma.compress(raw, lzma.FORMAT_RAW, filters=[strong]), settings))
-    packed, settings = min(found, key=lambda pair: len(pair[0]))
-    return packed, repr(settings).replace(" ", "")
+        found.append(lzma.compress(raw, lzma.FORMAT_ALONE, filters=[strong | settings]))
+    return min(found, key=len)
 
 
-def minify(tree: ast.Module) -> str:
-    """Without docstrings, without the annotations that nothing reads (those of dataclass fields make the fields), and
-    with short names inside functions; every name that another line can see stays."""
+def minify(tree: ast.Module, public: set[str]) -> str:
+    """Without docstrings and annotations (a dataclass field needs any), with short names for all that is not `public`,
+    an attribute or a parameter."""
     try:
         import python_minifier
     except ImportError:
         raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt", 2) from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(0)
     annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
     return python_minifier.minify(
-        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False
-    )
+        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
+        rename_globals=True, preserve_globals=sorted(public),
+    )  # fmt: skip
 
 
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
     """The script, and the size of each module's text in it."""
     keep_reachable(modules)
-    files = {name.replace(".", "/") + ".py": minify(tree) for name, tree in modules.items()}
-    code, filters = compress(json.dumps(files, separators=(",", ":"), ensure_ascii=False).encode())
+    texts = {}
+    for name, tree in modules.items():
+        others = (other for other in modules.values() if other is not tree)
+        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)))
+    code = compress("\0".join([START, *(part for pair in texts.items() for part in pair)]).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (("__main__.py", (STUB % filters).encode()), ("code", code)):
+        for name, content in (("__main__.py", STUB.encode()), ("code", code)):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system = 3  # or the packing system would show in the bytes
             archive.writestr(entry, content)
-    return buffer.getvalue(), {name: len(text) for name, text in files.items()}
+    return buffer.getvalue(), {name: len(text) for name, text in texts.items()}
 
 
 def main(argv: list[str]) -> int:
