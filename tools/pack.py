@@ -83,7 +83,7 @@ def defined_by(line: ast.stmt) -> set[str]:
     """Names that a line at the top of a module binds, where nothing else depends on its being run."""
     if isinstance(line, ast.FunctionDef | ast.ClassDef):
         return {line.name}
-    if isinstance(line, ast.Import | ast.ImportFrom):  # from __future__, too: annotations are not kept
+    if isinstance(line, ast.Import | ast.ImportFrom):  # not even __future__ counts: annotations are not kept
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
@@ -111,9 +111,9 @@ def compress(raw: bytes) -> bytes:
     return min(found, key=len)
 
 
-def minify(tree: ast.Module, public: set[str]) -> str:
-    """Without docstrings and annotations (a dataclass field needs any), with short names for all that is not `public`,
-    an attribute or a parameter."""
+def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
+    """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
+    is `public` in a module, and parameters that some call of the code gives by keyword."""
     try:
         import python_minifier
     except ImportError:
@@ -121,6 +121,9 @@ def minify(tree: ast.Module, public: set[str]) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(0)
+        elif isinstance(node, ast.arguments):
+            while node.args and node.args[0].arg not in keywords:
+                node.posonlyargs.append(node.args.pop(0))
     annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
@@ -131,10 +134,11 @@ def minify(tree: ast.Module, public: set[str]) -> str:
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
     """The script, and the size of each module's text in it."""
     keep_reachable(modules)
+    keywords = {n.arg for tree in modules.values() for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     texts = {}
     for name, tree in modules.items():
         others = (other for other in modules.values() if other is not tree)
-        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)))
+        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)), keywords)
     code = compress("\0".join([START, *(part for pair in texts.items() for part in pair)]).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
