@@ -472,8 +472,8 @@ def format_value(value) -> str:
 
 def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    hidden = log.quiet or not sys.stderr.isatty()
-    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=hidden, bar_format=form)
+    # disable=None hides it where there is no terminal
+    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
 
 
 @dataclass(frozen=True)
@@ -774,8 +774,7 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
     """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
     total = 6000.0  # header
     for name, p in model.named_parameters():
-        grid = grids[name]
-        if grid is None:
+        if not (grid := grids[name]):
             total += 1.7 * p.numel()  # fp16, compressed a little
             continue
         bits = compute_gaussian_bits(grid)
@@ -788,10 +787,8 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
 
 def build_grids(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Grid | None]:
     """The grid of every parameter; None: stored in fp16."""
-    by_role = {
-        role: Grid(getattr(config, f"{role}_bits"), k_scale * getattr(config, f"{role}_k"))
-        for role in ("core", "edge", "embed", "table")
-    }
+    roles, given = ("core", "edge", "embed", "table"), asdict(config)
+    by_role = {role: Grid(given[f"{role}_bits"], k_scale * given[f"{role}_k"]) for role in roles}
     return {name: by_role.get(model.role(name)) for name, _ in model.named_parameters()}
 
 
@@ -800,10 +797,8 @@ def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) ->
     if size_at(FINEST) <= room:
         return FINEST
     if (least := size_at(COARSEST)) > room:
-        raise DoesNotFit(
-            f"byte_limit={config.byte_limit:,}: at least {least + config.code_reserve:,} bytes are needed, "
-            f"{config.code_reserve:,} of them for code; use a smaller --model_dim or fewer blocks in --plan"
-        )
+        why = f"at least {least + config.code_reserve:,} bytes are needed, {config.code_reserve:,} of them for code"
+        raise DoesNotFit(f"byte_limit={config.byte_limit:,}: {why}; take a smaller --model_dim or a shorter --plan")
     low, high = FINEST, COARSEST
     while high - low > 1e-4 * high:
         middle = math.sqrt(low * high)
@@ -1380,8 +1375,7 @@ def fit_artifact(
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, extra + len(content) - size_at(k_scale)
-    limit = f"byte_limit={config.byte_limit:,}"
-    raise DoesNotFit(f"{limit}: a file of {len(content):,} bytes does not settle just below it")
+    raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
 
 
 def config_from_stored(stored: dict) -> Config:
