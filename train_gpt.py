@@ -177,21 +177,22 @@ class Config(Stored):
             for word in value.split(",") if name == "also" else [value]:
                 if word not in words:
                     raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
-        for name, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"), ("batch_tokens", "seq_len")):
-            if getattr(self, name) % getattr(self, part):
-                raise ConfigError(f"{name}={getattr(self, name)} is not divisible by {part}={getattr(self, part)}")
-        n_passes, width = plan.count_passes(self.depth), self.head_dim
-        for is_wrong, why in (
-            (self.rope_dims % 2 or self.rope_dims > width, f"rope_dims={self.rope_dims}: even, at most {width} here"),
-            (self.bos_id >= self.vocab_size, f"bos_id={self.bos_id} is outside of vocab_size={self.vocab_size}"),
-            (self.stride > self.seq_len, f"stride={self.stride} is more than a window of seq_len={self.seq_len} holds"),
-            (self.band > self.seq_len, f"band={self.band} is more than seq_len={self.seq_len}"),
-            (self.skips == "unet" and plan.is_variable, "skips=unet needs a plan without *r; use --skips none"),
-            (n_passes > 512, f"plan={self.plan} has {n_passes} passes; at most 512 are built"),
-            (set(self.ttt_freeze) - set(plan.names), f"ttt_freeze={self.ttt_freeze}: the plan has only {plan.names}"),
+        n_passes = plan.count_passes(self.depth)
+        for name, is_wrong, why in (
+            ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
+            ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
+            ("batch_tokens", self.batch_tokens % self.seq_len, f"must be divisible by seq_len={self.seq_len}"),
+            ("rope_dims", self.rope_dims % 2, "must be even"),
+            ("rope_dims", self.rope_dims > self.head_dim, f"must be at most {self.head_dim}, the width of a head"),
+            ("stride", self.stride > self.seq_len, f"must be at most seq_len={self.seq_len}"),
+            ("band", self.band > self.seq_len, f"must be at most seq_len={self.seq_len}"),
+            ("bos_id", self.bos_id >= self.vocab_size, f"must be below vocab_size={self.vocab_size}"),
+            ("skips", self.skips == "unet" and plan.is_variable, "needs a plan without *r; use --skips none"),
+            ("plan", n_passes > 512, f"has {n_passes} passes, at most 512 are built"),
+            ("ttt_freeze", set(self.ttt_freeze) - set(plan.names), f"the plan has only the blocks {plan.names}"),
         ):
             if is_wrong:
-                raise ConfigError(why)
+                raise ConfigError(f"{name}={getattr(self, name)}: {why}")
         for name in ("xsa_passes", "ve_passes"):
             parse_pass_set(name, getattr(self, name), n_passes)
 
@@ -394,6 +395,7 @@ class Plan(Group):
 def parse_plan(text: str) -> Plan:
     """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
     names, opened, at = {}, [], 0
+    item = "a block letter or '(' (nested at most 16 deep)"
 
     def take(pattern: str, expected: str = "") -> str:
         nonlocal at
@@ -406,8 +408,7 @@ def parse_plan(text: str) -> Plan:
     def items(nesting: int) -> tuple[int | Group, ...]:
         found = []
         while not found or re.match("[a-zA-Z(]", text[at:]):
-            start = "a block letter, or '(' for a group, at most 16 of them nested"
-            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", start)
+            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
             if mark.isalpha():
                 found.append(names.setdefault(mark, len(names)))
                 continue
@@ -415,17 +416,17 @@ def parse_plan(text: str) -> Plan:
             opened.append(inject)
             inner = items(nesting + 1)
             norms = len(take("~{0,2}"))
-            take(r"\)", f"a letter, at most two '~' or the ')' of the group opened at character {begin}")
-            take(r"\*", "'*' and a count behind a group, as in (ab)*3")
+            take(r"\)", f"a letter, at most two '~', or ')' for character {begin}")
+            take(r"\*", "'*' and a count, as in (ab)*3")
             counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
-            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r for one group only")
+            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
             found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
         return tuple(found)
 
     if len(text) > 1000:
         raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
     tree = items(0)
-    take(r"\Z", "a block letter or '('")
+    take(r"\Z", item)
     return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
 
 
@@ -481,8 +482,8 @@ def format_value(value) -> str:
 
 def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    hidden = log.quiet or not sys.stderr.isatty()
-    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=hidden, bar_format=form)
+    # disable=None hides it where there is no terminal
+    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
 
 
 @dataclass(frozen=True)
@@ -561,7 +562,7 @@ class Clock:
     """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
 
     def __init__(self, ctx: RunContext, used_s: float = 0.0):
-        self.ctx, self.used_s, self.started_at = ctx, used_s, None
+        self.ctx, self.used_s = ctx, used_s
 
     def start(self) -> None:
         self.ctx.sync()
@@ -783,8 +784,7 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
     """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
     total = 6000.0  # header
     for name, p in model.named_parameters():
-        grid = grids[name]
-        if grid is None:
+        if not (grid := grids[name]):
             total += 1.7 * p.numel()  # fp16, compressed a little
             continue
         bits = compute_gaussian_bits(grid)
@@ -797,10 +797,8 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
 
 def build_grids(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Grid | None]:
     """The grid of every parameter; None: stored in fp16."""
-    by_role = {
-        role: Grid(getattr(config, f"{role}_bits"), k_scale * getattr(config, f"{role}_k"))
-        for role in ("core", "edge", "embed", "table")
-    }
+    roles, given = ("core", "edge", "embed", "table"), asdict(config)
+    by_role = {role: Grid(given[f"{role}_bits"], k_scale * given[f"{role}_k"]) for role in roles}
     return {name: by_role.get(model.role(name)) for name, _ in model.named_parameters()}
 
 
@@ -809,10 +807,8 @@ def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) ->
     if size_at(FINEST) <= room:
         return FINEST
     if (least := size_at(COARSEST)) > room:
-        raise DoesNotFit(
-            f"byte_limit={config.byte_limit:,}: at least {least + config.code_reserve:,} bytes are needed, "
-            f"{config.code_reserve:,} of them for code; use a smaller --model_dim or fewer blocks in --plan"
-        )
+        why = f"at least {least + config.code_reserve:,} bytes are needed, {config.code_reserve:,} of them for code"
+        raise DoesNotFit(f"byte_limit={config.byte_limit:,}: {why}; take a smaller --model_dim or a shorter --plan")
     low, high = FINEST, COARSEST
     while high - low > 1e-4 * high:
         middle = math.sqrt(low * high)
@@ -1402,8 +1398,7 @@ def fit_artifact(
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, extra + len(content) - size_at(k_scale)
-    limit = f"byte_limit={config.byte_limit:,}"
-    raise DoesNotFit(f"{limit}: a file of {len(content):,} bytes does not settle just below it")
+    raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
 
 
 def config_from_stored(stored: dict) -> Config:
@@ -1451,12 +1446,10 @@ def unpack_artifact(content: bytes) -> Artifact:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
     layout = build_layout(config_from_stored(stored), bits)
-    is_same = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
-    require(is_same, "its tensor table is not that of its config")
     needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
-    is_same = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES
-    require(is_same, "its streams do not have the sizes that its tensors need")
-    require(at + sum(packed_sizes) == end, "its streams do not fill the file")
+    is_ours = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
+    is_sized = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES and at + sum(packed_sizes) == end
+    require(is_ours and is_sized, "its tables of tensors and streams do not fit its config and its size")
     shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
     for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
         raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
@@ -1471,25 +1464,22 @@ def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int
     try:
         if codec == "rans" and shapes:
             return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
-        is_ours = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
-        require(is_ours, "a stream has a codec or size that this script does not read")
-        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_bytes) if raw_bytes else b""
+        is_sized = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
+        reader = zstandard.ZstdDecompressor()
+        raw = reader.decompress(packed, max_output_size=raw_bytes) if is_sized and raw_bytes else b""
     except (ValueError, zstandard.ZstdError) as error:
         raise ArtifactError(f"a stream does not decode: {error}") from None
-    require(len(raw) == raw_bytes, "a stream does not decode to the size it promises")
+    require(is_sized and len(raw) == raw_bytes, "a stream has an unknown codec or not the size that it promises")
     return raw
 
 
 def read_tensor(raw: bytes, entry: dict) -> Tensor:
     """One tensor out of its stream."""
-    name, bits, dtype = entry["name"], entry["bits"], torch.int8 if entry["scheme"] == "int" else torch.float16
-    piece = bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
+    is_code, piece = entry["scheme"] == "int", bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
+    dtype = torch.int8 if is_code else torch.float16
     values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-    if dtype == torch.float16:
-        require(bool(values.isfinite().all()), f"tensor {name} holds values that are not finite")
-    else:
-        largest = Grid(bits, 1.0).largest
-        require(bool((values.short().abs() <= largest).all()), f"tensor {name} holds codes beyond its {bits} bits")
+    is_good = values.short().abs() <= Grid(entry["bits"], 1.0).largest if is_code else values.isfinite()
+    require(is_good.all().item(), f"tensor {entry['name']} holds codes beyond its bits or values that are not finite")
     return values.view(entry["shape"])
 
 

@@ -1,10 +1,10 @@
 """Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
 it imports, without comments, docstrings and what main() never reaches, minified and compressed.
 
-The result is a zip application of two entries: a stub, and one LZMA stream with a start script and all modules. The
-stub runs the start script, which unpacks the modules into a private temporary folder, because Triton and torch.compile
-read the source of what they compile, and calls main().
-The same code always gives the same bytes.
+The result is a zip application of two entries: a stub, and one bzip2 stream (2% smaller than LZMA on this text) with a
+start script and all modules. The stub runs the start script, which unpacks the modules into a private temporary folder,
+because Triton and torch.compile read the source of what they compile, and calls main(). The same code always gives the
+same bytes.
 
 Example:
     python -m tools.pack --out packed.py
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bz2
 import hashlib
 import io
-import lzma
 import sys
 import zipfile
 from pathlib import Path
@@ -26,8 +26,8 @@ import train_gpt
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 ENTRY = "train_gpt"
-STUB = """import lzma
-parts=lzma.decompress(__loader__.get_data("code")).decode().split("\\0")
+STUB = """import bz2
+parts=bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
 exec(parts[0])
 """
 START = """import atexit,os,shutil,sys,tempfile
@@ -83,7 +83,7 @@ def defined_by(line: ast.stmt) -> set[str]:
     """Names that a line at the top of a module binds, where nothing else depends on its being run."""
     if isinstance(line, ast.FunctionDef | ast.ClassDef):
         return {line.name}
-    if isinstance(line, ast.Import | ast.ImportFrom):  # from __future__, too: annotations are not kept
+    if isinstance(line, ast.Import | ast.ImportFrom):  # not even __future__ counts: annotations are not kept
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
@@ -101,19 +101,9 @@ def keep_reachable(modules: dict[str, ast.Module]) -> None:
         tree.body = [line for line in tree.body if id(line) in kept or isinstance(line, ast.Expr)]
 
 
-def compress(raw: bytes) -> bytes:
-    """The smallest of the settings that suit short text; the stream says which."""
-    found = []
-    for lc, pb in ((lc, pb) for lc in range(5) for pb in range(3)):
-        strong = dict(preset=9 | lzma.PRESET_EXTREME, nice_len=273, depth=1000)
-        settings = dict(id=lzma.FILTER_LZMA1, dict_size=1 << 20, lc=lc, lp=0, pb=pb)
-        found.append(lzma.compress(raw, lzma.FORMAT_ALONE, filters=[strong | settings]))
-    return min(found, key=len)
-
-
-def minify(tree: ast.Module, public: set[str]) -> str:
-    """Without docstrings and annotations (a dataclass field needs any), with short names for all that is not `public`,
-    an attribute or a parameter."""
+def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
+    """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
+    is `public` in a module, and parameters that some call of the code gives by keyword."""
     try:
         import python_minifier
     except ImportError:
@@ -121,6 +111,9 @@ def minify(tree: ast.Module, public: set[str]) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(0)
+        elif isinstance(node, ast.arguments):
+            while node.args and node.args[0].arg not in keywords:
+                node.posonlyargs.append(node.args.pop(0))
     annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
@@ -131,11 +124,12 @@ def minify(tree: ast.Module, public: set[str]) -> str:
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
     """The script, and the size of each module's text in it."""
     keep_reachable(modules)
+    keywords = {n.arg for tree in modules.values() for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     texts = {}
     for name, tree in modules.items():
         others = (other for other in modules.values() if other is not tree)
-        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)))
-    code = compress("\0".join([START, *(part for pair in texts.items() for part in pair)]).encode())
+        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)), keywords)
+    code = bz2.compress("\0".join([START, *(part for pair in texts.items() for part in pair)]).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("__main__.py", STUB.encode()), ("code", code)):
