@@ -416,7 +416,7 @@ def parse_plan(text: str) -> Plan:
             opened.append(inject)
             inner = items(nesting + 1)
             norms = len(take("~{0,2}"))
-            take(r"\)", f"a letter, at most two '~', or ')' for character {begin}")
+            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
             take(r"\*", "'*' and a count, as in (ab)*3")
             counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
             count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")

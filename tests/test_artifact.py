@@ -189,7 +189,7 @@ HUGE = 10**30
     ("tensors.0.bits", "16"), ("tensors.0.offset", 4), ("tensors.0.offset", -4), ("tensors.0.bytes", HUGE),
     ("tensors.0.stream", 0), ("tensors.0.stream", 7), ("tensors.0.scheme", "pickle"), ("tensors.0.extra", 1),
     ("streams", []), ("streams", {}), ("streams", None), ("streams.0", 5), ("streams.0.codec", "gzip"),
-    ("streams.0.codec", None), ("streams.0.codec", ["zstd"]), ("streams.0.bytes", -1), ("streams.0.bytes", 10),
+    ("streams.1.codec", "gzip"), ("streams.0.codec", None), ("streams.0.codec", ["zstd"]), ("streams.0.bytes", -1), ("streams.0.bytes", 10),
     ("streams.0.bytes", 1.5), ("streams.0.bytes", "9"), ("streams.0.bytes", None), ("streams.0.raw_bytes", 1 << 40),
     ("streams.0.raw_bytes", "9"), ("streams.1.raw_bytes", 0), ("streams.1.bytes", True),
 ])  # fmt: skip
@@ -201,6 +201,8 @@ def test_missing_and_extra_parts(content):
     for key in ("config", "tokenizer", "tensors", "streams"):
         refuse(reseal(content, lambda h, key=key: h.pop(key) and None))
     refuse(reseal(content, lambda h: h["config"].pop("plan") and None))
+    header, streams = split(content)
+    refuse(seal(header, [*streams, b"more"]))
     refuse(reseal(content, lambda h: h["tensors"].pop() and None))
     refuse(reseal(content, lambda h: h["tensors"].append(h["tensors"][0])))
     refuse(reseal(content, lambda h: h["tensors"].reverse()))

@@ -102,6 +102,7 @@ def test_wrong_values_in_the_environment_are_refused_too():
 @pytest.mark.parametrize("changes, names", [
     (dict(num_heads=3), ("model_dim", "num_heads")),
     (dict(num_heads=2, num_kv_heads=4), ("num_heads", "num_kv_heads")),
+    (dict(bos_id=384), ("bos_id", "vocab_size")),
     (dict(rope_dims=3), ("rope_dims",)), (dict(rope_dims=18), ("rope_dims", "16")),
     (dict(batch_tokens=100), ("batch_tokens", "seq_len")), (dict(plan="a(b"), ("plan", "character 2")),
     (dict(plan="a(b)*r"), ("skips", "unet")), (dict(plan="(abcd)*200"), ("800", "512")),

@@ -195,6 +195,6 @@ def test_pass_sets():
     assert parse_pass_set("xsa_passes", "all", 3) == {0, 1, 2}
     assert parse_pass_set("xsa_passes", "last4", 7) == {3, 4, 5, 6}
     assert parse_pass_set("xsa_passes", "3,5,6", 7) == {3, 5, 6}
-    for wrong in ("", "some", "last", "last9", "7", "-1", "1,,2", "1.5"):
+    for wrong in ("", "some", "last", "last9", "last9999999999999", "7", "-1", "1,,2", "1.5"):
         with pytest.raises(ConfigError, match="xsa_passes"):
             parse_pass_set("xsa_passes", wrong, 7)
