@@ -61,6 +61,12 @@ class Entry:
         return any(log.ours for log in self.logs)
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the logs are surely those of the submission, and not in part of other experiments."""
+        named = all(log.name_seed is not None for log in self.logs)
+        return self.ours or named or len(self.logs) == 1 or bool(claims(self.data))
+
+    @property
     def track(self) -> Track | None:
         return TRACKS.get(self.track_name)
 

@@ -22,8 +22,8 @@ from tools import pack
 
 MAX_SOURCE_BYTES = 8 << 20  # more than any script; a few bytes can decompress to gigabytes
 DIVIDER = "# ==== {} ===="
-PREFACE = """# The readable source of the packed train_gpt.py beside it: the files that it was packed from, unchanged, one below
-# the other. To read, not to run.
+PREFACE = """# The readable source of the packed train_gpt.py beside it: the files that it was packed from, unchanged,
+# one below the other. To read, not to run.
 """
 
 
@@ -111,19 +111,42 @@ def parse_source(text: str | bytes) -> ast.Module:
         raise ScriptError(f"does not compile: {error.__class__.__name__}: {error}") from None
 
 
-def decode_text(text: str | bytes) -> bytes | None:
+def decode_text(text: str | bytes, filters: list[dict]) -> bytes | None:
     """What a long literal holds once its base85 or base64 and its compression are undone."""
     for decode in (base64.b85decode, base64.b64decode, base64.a85decode):
         try:
             raw = decode(text)
         except ValueError:
             continue
-        for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj()):
+        readers = [lambda: lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj]
+        if filters:
+            readers.append(lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters))
+        for reader in readers:
             try:
-                return reader.decompress(raw, MAX_SOURCE_BYTES)
-            except (lzma.LZMAError, zlib.error):
+                return reader().decompress(raw, MAX_SOURCE_BYTES)
+            except (lzma.LZMAError, zlib.error, ValueError, TypeError):
                 continue
     return None
+
+
+def find_filters(tree: ast.Module) -> list[dict]:
+    """The literal `filters=[{…}]` of a call of lzma, with no more memory than a script needs."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "filters" and isinstance(node.value, ast.List):
+            found = []
+            for item in node.value.elts:
+                pairs = zip(item.keys, item.values) if isinstance(item, ast.Dict) else ()
+                settings = {getattr(key, "value", None): constant_of(value) for key, value in pairs}
+                found.append(settings | {"dict_size": MAX_SOURCE_BYTES})
+            return found
+    return []
+
+
+def constant_of(node: ast.expr):
+    """A number, or one of lzma's constants."""
+    if isinstance(node, ast.Attribute):
+        return getattr(lzma, node.attr, None) if node.attr.isupper() else None
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def unwrap(content: bytes) -> tuple[ast.Module, bool]:
@@ -134,7 +157,7 @@ def unwrap(content: bytes) -> tuple[ast.Module, bool]:
     calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     if "exec" not in calls or len(longest) < len(content) // 2:
         return tree, False
-    inner = decode_text(longest)
+    inner = decode_text(longest, find_filters(tree))
     if inner is None:
         raise Unreadable("wrapped in a way that this check does not undo without running it")
     return parse_source(inner), True

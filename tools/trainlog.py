@@ -22,8 +22,9 @@ CODE = re.compile(r"^Code size(?: \(compressed\))?: (\d+) bytes|^artifact:.* cod
 SEED = re.compile(r"^\s*seed:\s*(\d+)\s*$|^train_batch_tokens:.* seed:(\d+)\b")
 VALIDATION = re.compile(r"^val_loader:shards pattern=(\S+) tokens:(\d+)|^()val_tokens: (\d+)")
 SETTING = re.compile(r"^  ([a-z]\w*): (.+)$")  # the field's block of hyperparameters
+FACT = re.compile(r"^world_size:(\d+)\b|^Running PyTorch (\S+)$")
 DIAGNOSTIC = re.compile(r"diagnostic|pre.?quant|post.?ema|warm|^step\b|best|swa\d|raw", re.IGNORECASE)
-IN_NAME = re.compile(r"(?:seed[_-]?|_|train)(\d+)(?:_\w+)?\.(?:log|txt)$")
+IN_NAME = re.compile(r"(?:seed[_-]?(\d+)(?:_\w+)?|(?:_|train)(\d+))\.(?:log|txt)$")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_train_log(path: Path) -> TrainLog | None:
     text = content.decode("utf-8", errors="replace")
     log = TrainLog(path, hashlib.sha256(content).hexdigest())
     named = IN_NAME.search(path.name)
-    log.name_seed = int(named[1]) if named else None
+    log.name_seed = int(named[1] or named[2]) if named else None
     log.ours = bool(re.search(r"^run recipe:\S+ seed:\d+ run_id:", text, re.MULTILINE))
     (read_ours if log.ours else read_challenge)(log, text)
     if log.seed is None:
@@ -146,6 +147,8 @@ def read_challenge(log: TrainLog, text: str) -> None:
             log.val_tokens = int(found[2] or found[4])
         elif found := SETTING.match(row):
             log.settings[found[1]] = found[2]
+        elif found := FACT.match(row):
+            log.settings.setdefault("world_size" if found[1] else "torch", found[1] or found[2])
         elif found := re.match(rf"^total_eval_time:{NUMBER}s", row):
             total_eval_s = float(found[1])
         elif (found := SCORE.match(row)) and not DIAGNOSTIC.search(found[1]):
@@ -165,7 +168,7 @@ def read_challenge(log: TrainLog, text: str) -> None:
 
 def add_score(scores: dict[str, Score], found: re.Match) -> None:
     """A rounded line and its exact twin are one score; so is a second name for the same numbers."""
-    label = re.sub(r"_exact\b.*|[ :(].*", "", found[1])
+    label = re.sub(r"_exact\b.*|[ :(].*", "", found[1]) + ("_sliding" if " sliding val_loss" in found[0] else "")
     digits = len(found[3].partition(".")[2])
     seconds = re.search(rf"(?:eval_time|elapsed|\btime)[:=]{NUMBER}(ms|s)", found[0])
     eval_s = float(seconds[1]) / (1000 if seconds[2] == "ms" else 1) if seconds else None
