@@ -138,7 +138,8 @@ def agrees(stated, computed: float | None, slack: float = 1.0) -> bool:
 def choose_logs(logs: list[TrainLog], claimed: dict[int, dict]) -> tuple[list[TrainLog], list[TrainLog]]:
     """The logs that the numbers rest on, and the rest: copies, reruns, other experiments."""
     if any(log.ours for log in logs):
-        return [log for log in logs if re.fullmatch(r"train_seed\d+\.log", log.path.name)], []
+        mine = [log for log in logs if re.fullmatch(r"train_seed\d+\.log", log.path.name)]
+        return sorted(mine, key=lambda log: log.name_seed), []
     distinct = {log.digest: log for log in sorted(logs, key=lambda log: log.name_seed is not None)}
     logs = [log for log in logs if log is distinct[log.digest]]  # train.log is often a copy of one seed's
     if claimed:
