@@ -88,6 +88,10 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     logs = [read_run(folder) for folder in folders]
     sources = counted_sources()
     require_same(logs, folders, hash_sources(sources))
+    if len(logs) < (wanted := TRACKS[meta["track"]].seeds):
+        raise RunError(
+            f"{out}: {len(logs)} runs, and {meta['track']} asks for {wanted} seeds; run more with tools.seeds"
+        )
     order = sorted(range(len(logs)), key=lambda i: logs[i].seed)
     logs, folders = [logs[i] for i in order], [folders[i] for i in order]
     code = pack_sources(join_sources(sources))

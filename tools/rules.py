@@ -27,6 +27,7 @@ from tools.script import (
     helper_files,
     join_sources,
     pack_sources,
+    parse_source,
     split_sources,
     unpack_zip,
     unwrap,
@@ -198,7 +199,7 @@ def script(entry: Entry) -> Found:
         if content[:2] == b"PK":
             modules = unpack_zip(content)
             for text in modules.values():
-                unwrap(text.encode())
+                parse_source(text)
             yield OK, f"unzips to {len(modules)} modules that compile"
         else:
             _, wrapped = unwrap(content)
@@ -314,8 +315,10 @@ def log_end(entry: Entry) -> Found:
 def log_sums(entry: Entry) -> Found:
     """What a log says twice agrees: score, seconds, bytes, seed."""
     for log in entry.logs:
-        if log.ours:
-            yield from (((BAD, f"{log.who}: {text}")) for text in contradictions(log))
+        if log.ours and not log.is_finished:
+            yield UNKNOWN, f"{log.path.name} is not whole"
+        elif log.ours:
+            yield from ((BAD, f"{log.who}: {text}") for text in contradictions(log))
         elif None not in (log.total_bytes, log.artifact_bytes, log.code_bytes):
             if log.total_bytes != log.artifact_bytes + log.code_bytes:
                 yield BAD, f"{log.who}: {log.artifact_bytes:,} + {log.code_bytes:,} is not {log.total_bytes:,} bytes"
@@ -448,8 +451,10 @@ def scores(entry: Entry) -> Found:
         log = next((log for log in entry.logs if seed in (log.seed, log.name_seed)), None)
         if log is None or not log.final:
             yield UNKNOWN, f"seed {seed}: no log with a score"
+        elif entry.ours and not is_complete(entry):
+            yield UNKNOWN, "the logs are not whole"
         elif entry.ours:
-            row = layout.describe_runs([log], 0)["seed_results"][str(log.seed)] if is_complete(entry) else {}
+            row = layout.describe_runs([log], 0)["seed_results"][str(log.seed)]
             for name in row.keys() | values.keys():
                 if not same(values.get(name), row.get(name)):
                     yield BAD, f"seed {seed}: {name} is {values.get(name)}, its log says {row.get(name)}"
@@ -542,7 +547,10 @@ def sizes(entry: Entry) -> Found:
         yield from compare(entry, ("bytes_total", "bytes_code"))
         packed = entry.script.stat().st_size if entry.script else None
         for log in entry.logs:
-            if log.code_bytes not in (packed, int(log.settings.get("code_reserve") or 0)):
+            if log.code_bytes is not None and log.code_bytes not in (
+                packed,
+                int(log.settings.get("code_reserve") or 0),
+            ):
                 yield BAD, f"{log.who}: code_bytes {log.code_bytes} is neither the script's size nor the reserve"
         return
     disk = entry.script.stat().st_size if entry.script else None
@@ -701,13 +709,13 @@ def artifacts(entry: Entry) -> Found:
     digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
     for path in shipped:
         log = next((log for log in entry.logs if path.name == f"artifact_seed{log.seed}.lg"), None)
+        if log is None:
+            yield BAD, f"{path.name} belongs to no log"
+            continue
         try:
             artifact = train_gpt.load_artifact(path)
         except train_gpt.ArtifactError as error:
             yield BAD, str(error).replace(str(entry.folder), "").lstrip("/")
-            continue
-        if log is None:
-            yield BAD, f"{path.name} belongs to no log"
             continue
         if artifact.sha256 != log.last("result").get("artifact_sha256"):
             yield BAD, f"{path.name} is not the artifact that {log.path.name} scored (sha256)"

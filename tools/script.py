@@ -76,10 +76,10 @@ def unpack_zip(content: bytes) -> dict[str, str]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
             if max(sizes.values(), default=0) > MAX_SOURCE_BYTES or archive.testzip():
-                raise ScriptError("the zip application is damaged")
+                raise ValueError("an entry is damaged or too large")
             main = archive.read("__main__.py").decode()
             code = archive.read("code") if "code" in sizes else b""
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, zlib.error, EOFError, OSError) as error:
+    except Exception as error:  # a damaged archive makes zipfile raise nearly anything
         raise ScriptError(f"the zip application does not unzip: {error}") from None
     found = re.search(r"filters=\[(\{[^}]*\})\]", main)
     if not found or main != pack.STUB % found[1]:
@@ -88,7 +88,10 @@ def unpack_zip(content: bytes) -> dict[str, str]:
     try:
         settings = ast.literal_eval(found[1])
         reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[settings | {"dict_size": 1 << 20}])
-        return json.loads(reader.decompress(code, MAX_SOURCE_BYTES))
+        modules = json.loads(reader.decompress(code, MAX_SOURCE_BYTES))
+        if not (isinstance(modules, dict) and all(isinstance(text, str) for text in modules.values())):
+            raise ValueError("it holds no modules")
+        return modules
     except (ValueError, TypeError, lzma.LZMAError) as error:
         raise ScriptError(f"the code in the zip application does not decompress: {error}") from None
 

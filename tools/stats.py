@@ -45,7 +45,11 @@ def student_tail(t: float, freedom: float) -> float:
     """P(T > t) for Student's t with `freedom` degrees, which need not be a whole number."""
     if math.isinf(t):
         return float(t < 0)
-    half = 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    share = t * t / (freedom + t * t)
+    if share < 0.5:  # from the middle, where 1 - share would round away
+        half = 0.5 - 0.5 * incomplete_beta(0.5, freedom / 2, share)
+    else:
+        half = 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
     return half if t >= 0 else 1 - half
 
 
