@@ -235,12 +235,11 @@ def code(entry: Entry) -> Found:
             yield BAD, f"{log.who} ran other code than train_gpt_human.py holds (code_sha256 in its log)"
     try:
         if pack_sources(text) != entry.script.read_bytes():
-            is_current = sources == counted_sources()
-            yield (
-                BAD if is_current else UNKNOWN,
-                "tools.pack makes another script from train_gpt_human.py"
-                + ("" if is_current else ", or does so in this version"),
-            )
+            # another minor version of Python writes the same program in other words
+            python = entry.logs[0].last("versions").get("python", "").rpartition(".")[0]
+            can_tell = sources == counted_sources() and python == "{}.{}".format(*sys.version_info)
+            why = "" if can_tell else ", or does so in this version of it or of Python"
+            yield BAD if can_tell else UNKNOWN, f"tools.pack makes another script from train_gpt_human.py{why}"
     except (PackError, SyntaxError) as error:
         yield UNKNOWN if isinstance(error, PackError) else BAD, f"train_gpt_human.py cannot be packed: {error}"
     yield OK, "packed from train_gpt_human.py, which is what the logs ran"
