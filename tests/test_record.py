@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import train_gpt
 from tools import record, stats
 from tools.entry import read_entry
-from tools.rules import BAD, OK, RULES, UNKNOWN, judge
+from tools.rules import RULES, judge
 from tools.trainlog import read_train_log
+from tools.verdicts import BAD, OK, UNKNOWN
 
 SEEDS = (42, 1337, 2024)
 SMALL = dict(model_dim=16, ve_dim=4, bigram_dim=4)  # decoding takes a step in Python for every weight

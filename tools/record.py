@@ -23,11 +23,12 @@ import train_gpt
 from tools import entry as layout
 from tools.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
 from tools.pack import ROOT, PackError
-from tools.rules import BAD, Verdict, judge
+from tools.rules import judge
 from tools.runlog import RunError, read_result
 from tools.script import counted_sources, hash_sources, join_sources, pack_sources
 from tools.stats import mean, welch
 from tools.trainlog import TrainLog, read_train_log
+from tools.verdicts import BAD, Verdict
 
 MARGIN_NATS, LARGEST_P = 0.005, 0.01  # what the challenge asks of a new record
 README = """# {name}
