@@ -485,7 +485,7 @@ def test_the_exit_code_tells(folders, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_no_damage_is_a_crash(data, folders, tmp_path_factory):
     """Whatever happens to one file, the check ends with a verdict for every rule."""

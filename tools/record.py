@@ -23,12 +23,12 @@ import train_gpt
 from tools import entry as layout
 from tools.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
 from tools.pack import ROOT, PackError
-from tools.rules import judge
+from tools.rules import RULES, judge
 from tools.runlog import RunError, read_result
 from tools.script import counted_sources, hash_sources, join_sources, pack_sources
 from tools.stats import mean, welch
 from tools.trainlog import TrainLog, read_train_log
-from tools.verdicts import BAD, Verdict
+from tools.verdicts import BAD, Verdict, decide
 
 MARGIN_NATS, LARGEST_P = 0.005, 0.01  # what the challenge asks of a new record
 README = """# {name}
@@ -105,7 +105,9 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     inside.mkdir(parents=True)
     try:
         write_folder(inside, logs, folders, code, meta)
-        verdicts = judge(read_entry(inside))
+        verdicts = judge(entry := read_entry(inside), static=True)
+        if all(v.verdict != BAD for v in verdicts):  # what is wrong already need not be started
+            verdicts.append(decide("runs", list(RULES["runs"](entry))))
         if all(v.verdict != BAD for v in verdicts):
             os.replace(inside, out)
         return verdicts
