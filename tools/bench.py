@@ -1,0 +1,204 @@
+"""How fast a configuration trains and scores on this machine, next to the floor that this machine sets.
+
+    python -m tools.bench [--steps 8] [--modes plain,banded] [--json] [-- options of train_gpt.py]
+    python -m tools.bench -- --recipe pocket --batch_tokens 8192
+    python -m tools.bench --against '--num_heads 8 --num_kv_heads 2' -- --recipe pocket
+
+A step is split into data, forward, backward, communication and optimizer, with the device idle at every cut, so the
+parts add up to a little more than a step that overlaps them. The floor is the step's arithmetic at the speed of this
+device's own best matrix product, measured, not that of a datasheet. Tokens and weights are random: no dataset is
+needed, and losses mean nothing. `--against` runs a second configuration in turns with the first, A B A B, and prints how
+much faster it is, as the median over rounds with the smallest and largest ratio: other work hits both alike.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt
+from data.shards import write_shard
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
+WARM_STEPS = 2  # after the one that compiles
+
+
+class Case:
+    """One configuration with everything that a step needs."""
+
+    def __init__(self, options: list[str], folder: Path):
+        config, _ = train_gpt.parse_config(options, {})
+        self.config = train_gpt.replace(config, data_path=str(folder), code_reserve=0)
+        self.ctx = train_gpt.build_context(self.config, dict(os.environ))
+        train_gpt.check_split(self.config, self.ctx)
+        tokens = np.random.default_rng(0).integers(2, config.vocab_size, 4 * config.batch_tokens + 1)
+        path = folder / f"random{config.vocab_size}_{config.batch_tokens}_train_000000.bin"
+        write_shard(path, tokens.astype(np.uint16))
+        self.stream = train_gpt.TokenStream(str(folder), "train", 65536)
+        self.model = train_gpt.build_model(self.config, self.ctx)
+        self.model.init_weights(config.seed)
+        grids = train_gpt.build_grids(self.config, self.model, train_gpt.plan_k_scale(self.config, self.model))
+        self.latents = train_gpt.Latents(self.model, grids)
+        self.optim = train_gpt.Optimizers(self.model, self.latents, self.config, self.ctx)
+        self.latents.publish()
+        self.steps: list[dict[str, float]] = []
+        started = time.perf_counter()
+        self.step()
+        self.compile_s = time.perf_counter() - started
+        for _ in range(WARM_STEPS):
+            self.step()
+        self.steps.clear()
+
+    def step(self) -> float:
+        """What train_gpt.train_step does, with a cut behind every part."""
+        config, ctx, model = self.config, self.ctx, self.model
+        seconds, settings = dict.fromkeys(PARTS, 0.0), train_gpt.settings_at(config, 0.5)
+        cut = time.perf_counter()
+
+        def end(part: str) -> None:
+            nonlocal cut
+            ctx.sync()
+            now = time.perf_counter()
+            seconds[part], cut = seconds[part] + now - cut, now
+
+        inputs, targets = train_gpt.load_batch(self.stream, len(self.steps), config, ctx)
+        size = config.micro_batch or len(inputs)
+        end("data")
+        for x, y in zip(inputs.split(size), targets.split(size)):
+            loss = model.loss(x, y, settings.depth)
+            end("forward")
+            loss.backward()
+            self.latents.collect()
+            end("backward")
+        self.latents.reduce(ctx, size / (len(inputs) * ctx.world), config.grad_clip)
+        end("communication")
+        self.optim.step(settings)
+        end("optimizer")
+        self.steps.append(seconds)
+        return sum(seconds.values())
+
+    def report(self, peak: float) -> dict:
+        parts = {part: 1000 * statistics.median(s[part] for s in self.steps) for part in PARTS}
+        step_s = statistics.median(sum(s.values()) for s in self.steps)
+        flops = train_gpt.compute_flops(self.config, self.config.depth) * self.config.batch_tokens / self.ctx.world
+        is_cuda = self.ctx.device.type == "cuda"
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = torch.cuda.max_memory_allocated() if is_cuda else resident
+        return dict(
+            params=sum(p.numel() for p in self.model.parameters()), batch_tokens=self.config.batch_tokens,
+            step_ms=1000 * step_s, **{f"{part}_ms": ms for part, ms in parts.items()},
+            optimizer_share=parts["optimizer"] / (1000 * step_s), tokens_per_s=self.config.batch_tokens / step_s,
+            achieved_tflops=flops / step_s / 1e12, peak_tflops=peak / 1e12, floor_ms=1000 * flops / peak,
+            share_of_peak=flops / step_s / peak, peak_memory_mb=memory / 1e6, compile_s=self.compile_s,
+        )  # fmt: skip
+
+    def score_speed(self, mode: str, n_tokens: int) -> dict:
+        """Scored tokens per second; forward tokens per scored one, padding included."""
+        tokens = torch.from_numpy(self.stream.read(0, n_tokens))
+        tokens[:: max(self.config.seq_len, 2)] = self.config.bos_id
+        scorer = train_gpt.build_scorer(mode, self.model, self.config, self.ctx)
+        scorer.warm_up()
+        meter, forwarded = Positions(), 0
+
+        def count(_, inputs) -> None:
+            nonlocal forwarded
+            forwarded += inputs[0].numel()
+
+        hook = self.model.register_forward_pre_hook(count)
+        started = time.perf_counter()
+        train_gpt.score_tokens(scorer, tokens, meter)
+        self.ctx.sync()
+        seconds = time.perf_counter() - started
+        hook.remove()
+        return dict(mode=mode, tokens_per_s=meter.count / seconds, forward_per_scored=forwarded / meter.count)
+
+
+class Positions:
+    """A meter that only counts."""
+
+    count = 0
+
+    def add(self, tokens, positions, log_probs) -> None:
+        self.count += len(positions)
+
+
+def measure_peak(ctx: train_gpt.RunContext) -> float:
+    """Operations per second of the best large matrix product in the compute dtype."""
+    best = 0.0
+    for n in (1024, 2048) if ctx.device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=ctx.device, dtype=ctx.dtype) for _ in "ab")
+        for _ in range(6):
+            ctx.sync()
+            started = time.perf_counter()
+            a @ b
+            ctx.sync()
+            best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+def compare(a: Case, b: Case, rounds: int) -> dict:
+    """Steps in turns; above 1, b is faster."""
+    ratios = []
+    with train_gpt.progress_bar(rounds, "round", "a b a b", a.ctx.log) as bar:
+        for _ in range(rounds):
+            per_token = [case.step() / case.config.batch_tokens for case in (a, b)]
+            ratios.append(per_token[0] / per_token[1])
+            bar.update()
+    return dict(ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios), rounds=rounds)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--steps", type=int, default=8, help="measured steps, or rounds with --against [8]")
+    parser.add_argument("--against", metavar="OPTIONS", help="a second configuration: changes to the first")
+    parser.add_argument("--modes", default="", help="also score: plain,sliding,banded,sgd,lora")
+    parser.add_argument("--score_tokens", type=int, default=16384, help="tokens to score in each mode [16384]")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("options", nargs="*", help="options of train_gpt.py, after --")
+    args = parser.parse_args(argv)
+    try:
+        if args.steps < 1 or args.score_tokens < 2:
+            raise train_gpt.ConfigError("--steps and --score_tokens must be positive")
+        known, modes = train_gpt.CHOICES["score_mode"], [mode for mode in args.modes.split(",") if mode]
+        if wrong := set(modes) - set(known):
+            raise train_gpt.ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
+        with tempfile.TemporaryDirectory() as folder:
+            case = Case(args.options, Path(folder))
+            log = case.ctx.log
+            found: dict = {}
+            if args.against is not None:
+                other = Case(args.options + shlex.split(args.against), Path(folder))
+                found["against"] = compare(case, other, args.steps)
+            while len(case.steps) < args.steps:
+                case.step()
+            peak = measure_peak(case.ctx)
+            found = dict(step=case.report(peak)) | found
+            if args.against is not None:
+                found["other"] = other.report(peak)
+            found["score"] = [case.score_speed(mode, args.score_tokens) for mode in modes]
+    except (train_gpt.Stop, train_gpt.DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for event in ("step", "other", "against"):
+        if event in found:
+            log(event, **found[event])
+    for row in found["score"]:
+        log("score", **row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
