@@ -7,8 +7,8 @@
 A step is split into data, forward, backward, communication and optimizer, with the device idle at every cut, so the
 parts add up to a little more than a step that overlaps them. The floor is the step's arithmetic at the speed of this
 device's own best matrix product, measured, not that of a datasheet. Tokens and weights are random: no dataset is
-needed, and losses mean nothing. `--against` runs a second configuration in turns with the first, A B A B, and prints how
-much faster it is, as the median over rounds with the smallest and largest ratio: other work hits both alike.
+needed, and losses mean nothing. `--against` runs a second configuration in turns with the first, A B A B, and prints
+how much faster it is, as the median over rounds with the smallest and largest ratio: other work hits both alike.
 """
 
 import argparse
