@@ -2014,10 +2014,13 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
 
 
+def counted_files() -> list[Path]:
+    """The files that a run is made of: this script and what it imports from the repository."""
+    return [Path(__file__), *(Path(sys.modules[f.__module__].__file__) for f in (read_shard, encode_matrices))]
+
+
 def hash_counted_code() -> str:
-    """sha256 of the files that a run is made of: this script and what it imports from the repository."""
-    files = [__file__, *(sys.modules[part.__module__].__file__ for part in (read_shard, encode_matrices))]
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files())).hexdigest()
 
 
 def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:

@@ -142,7 +142,7 @@ def test_a_run_that_fails_ends_the_series_with_its_code(dataset, tmp_path, monke
     ("own", "given", "message"),
     [
         (["--seeds", "1", "1"], [], "each seed only once"),
-        (["--seeds", "1"], ["--resume", "x"], "resume=x: no readable config.json there"),
+        (["--seeds", "1"], ["--resume", "x"], "resume=x: config.json there is missing"),
         (["--seeds", "1"], ["--dry_run"], "--dry_run is not for a series of seeds"),
         (["--seeds", "1"], ["--iteration", "4"], "unknown option --iteration (did you mean --iterations?)"),
     ],

@@ -1,20 +1,33 @@
-"""Draws a finished run as report.png: loss against time with the learning rate, and bits per byte after each stage.
+"""Draws runs: loss against time and tokens with the schedule, bits per byte after each stage, where the bytes of the
+file go, and how large the residual stream is behind every pass.
 
-Example: python -m tools.plot runs/pocket-20260101-120000
+    python -m tools.plot runs/ID                                 writes runs/ID/report.png
+    python -m tools.plot runs/A runs/B runs/C --out compare.png  one colour per run
+
+Bytes and stream sizes are computed from the artifact; the latter needs the run's dataset and is left out without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+import train_gpt
+from data.shards import DataError
 from tools.runlog import RunError, read_log, read_result
 
 # colours that stay apart for colour-blind eyes (Okabe and Ito)
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8A8A8A"
-STAGES = {"trained": "last weights", "averaged": "averaged", "plain": "artifact, plain", "sliding": "artifact, sliding",
-          "sgd": "artifact, sgd"}  # fmt: skip
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+GREY = "#8A8A8A"
+STAGES = {"trained": "last weights", "averaged": "float latents", **{m: m for m in train_gpt.CHOICES["score_mode"]}}
+PARTS = {"core": "shared matrices", "edge": "other matrices", "embed": "token embedding", "table": "tables",
+         "vector": "vectors, steps"}  # fmt: skip
 
 
 def import_pyplot():
@@ -28,66 +41,178 @@ def import_pyplot():
     return pyplot
 
 
-def plot_loss(axes, folder: Path) -> None:
+@dataclass(frozen=True)
+class Run:
+    """A finished run as it is drawn; `steps` are its train lines, `stream` the size of the residual stream by pass."""
+
+    name: str
+    color: str
+    result: dict[str, str]
+    steps: list[dict[str, float]]
+    batch_tokens: int
+    bytes_by_part: dict[str, float]
+    stream: list[float]
+
+
+def load_run(folder: Path, color: str) -> Run:
+    result = read_result(folder)
     lines = [line.values for line in read_log(folder) if line.event == "train"]
-    rows = {int(v["step"]): v for v in lines}.values()  # a resumed run repeats steps: the later line counts
-    seconds = [float(v["train_s"]) for v in rows]
-    axes.plot(seconds, [float(v["train_loss"]) for v in rows], color=BLUE, linewidth=1.8)
-    axes.set_xlabel("training time (s)")
-    axes.set_ylabel("training loss (nats per token)", color=BLUE)
-    rate = axes.twinx()
-    rate.fill_between(seconds, [float(v["lr_scale"]) for v in rows], color=ORANGE, alpha=0.25, linewidth=0)
-    rate.set_ylim(0, 2.2)
+    steps = {int(line["step"]): {key: float(value) for key, value in line.items()} for line in lines}
+    config = json.loads((folder / "result.json").read_text())["config"]
+    artifact = train_gpt.load_artifact(folder / "artifact.lg")
+    model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
+    train_gpt.load_weights(model, artifact.tensors)
+    # a resumed run repeats steps: the later line counts
+    return Run(folder.name, color, result, list(steps.values()), config["batch_tokens"],
+               count_bytes(artifact, model, int(result["code_bytes"])), measure_stream(model, config))  # fmt: skip
+
+
+def count_bytes(artifact: train_gpt.Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
+    """Bytes of the file by part: a stream's bytes are shared out by the entropy of what lies in it."""
+    weights = {0: Counter(), 1: Counter()}
+    for entry in artifact.layout:
+        values = artifact.raw[entry["name"]]
+        if entry["scheme"] == "int":
+            counts = torch.bincount(values.flatten().long() + 128, minlength=256).double().numpy()
+            weights[entry["stream"]][PARTS[model.role(entry["name"])]] += (
+                train_gpt.compute_entropy(counts) * values.numel()
+            )
+        else:
+            weights[entry["stream"]][PARTS["vector"]] += values.numel()
+    found = Counter(code=code_bytes)
+    for stream, parts in weights.items():
+        for part, weight in parts.items():
+            found[part] += artifact.streams[stream]["bytes"] * weight / sum(parts.values())
+    found["header"] = artifact.size + code_bytes - sum(found.values())
+    return dict(found.most_common())
+
+
+@torch.no_grad()
+def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
+    """Root mean square of the residual stream behind every pass, over one batch of validation text."""
+    try:
+        stream = train_gpt.TokenStream(config["data_path"], "val", config["vocab_size"])
+    except (DataError, OSError):
+        return []
+    sizes, run_block = [], model.run_block
+
+    def measure(*args):
+        x, kept = run_block(*args)
+        sizes.append(x.float().square().mean().sqrt().item())
+        return x, kept
+
+    model.run_block = measure
+    length = config["seq_len"]
+    model(torch.from_numpy(stream.read(0, min(4, stream.total // length) * length)).view(-1, length))
+    return sizes
+
+
+def plot_loss(axes, runs: list[Run], x: str, label: str) -> None:
+    rate, tops = axes.twinx(), []
+    for run in runs:
+        places = [step["train_s"] if x == "train_s" else step["step"] * run.batch_tokens / 1e6 for step in run.steps]
+        losses = [step["train_loss"] for step in run.steps]
+        near = [losses[max(0, i - 2) : i + 3] for i in range(len(losses))]
+        smooth = [sum(part) / len(part) for part in near]
+        tops.append(max(losses[len(losses) // 10 :]))
+        axes.plot(places, losses, color=run.color, linewidth=0.8, alpha=0.3)
+        axes.plot(places, smooth, color=run.color, linewidth=2, label=run.name)
+        rate.plot(places, [step["lr_scale"] for step in run.steps], color=run.color, linewidth=1, linestyle=":")
+    axes.set_xlabel(label)
+    axes.set_ylabel("training loss (nats per token)")
+    axes.set_ylim(top=max(tops) + 0.1)  # the first steps would flatten the rest
+    rate.set_ylim(0, 5)
     rate.set_yticks([0, 1])
-    rate.set_ylabel("learning rate (of its peak)", color=ORANGE)
+    rate.set_ylabel("learning rate (dotted, of its peak)", color=GREY)
     rate.spines["top"].set_visible(False)
 
 
-def plot_stages(axes, result: dict[str, str]) -> None:
-    scores = {name: float(result[f"bpb_{name}"]) for name in STAGES if f"bpb_{name}" in result}
-    scores[result["score_mode"]] = float(result["val_bpb"])
-    names = [name for name in STAGES if name in scores]
-    values = [scores[name] for name in names]
-    colors = [GREEN if name == result["score_mode"] else BLUE if "artifact" in STAGES[name] else GREY for name in names]
-    axes.barh([STAGES[name] for name in names], values, color=colors, height=0.6)
-    spread = max(values) - min(values)
-    left, right = min(values) - 0.6 * spread - 0.005, max(values) + 0.35 * spread + 0.005
-    axes.set_xlim(left, right)  # the stages differ in the third digit, so the axis does not start at 0
-    for place, value in enumerate(values):
-        axes.text(value + 0.01 * (right - left), place, f"{value:.4f}", va="center", fontsize=9)
+def plot_stages(axes, runs: list[Run]) -> None:
+    names = [name for name in STAGES if any(f"bpb_{name}" in r.result or r.result["score_mode"] == name for r in runs)]
+    for run in runs:
+        scores = {name: float(run.result[f"bpb_{name}"]) for name in names if f"bpb_{name}" in run.result}
+        scores[run.result["score_mode"]] = float(run.result["val_bpb"])
+        places = [names.index(name) for name in scores]
+        axes.scatter(list(scores.values()), places, color=run.color, s=60, zorder=3)
+        final = run.result["score_mode"]
+        axes.scatter(scores[final], names.index(final), s=160, facecolors="none", edgecolors=run.color, linewidths=1.5)
+        for name, value in scores.items():
+            if len(runs) == 1 or name == final:
+                axes.annotate(f"{value:.4f}", (value, names.index(name)), (0, 9), textcoords="offset points",
+                              ha="center", fontsize=8, color=run.color)  # fmt: skip
+    axes.set_yticks(range(len(names)), [STAGES[name] for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.margins(x=0.15)
+    axes.set_xlabel("bits per byte of validation text (circled: val_bpb)")
+
+
+def plot_bytes(axes, runs: list[Run]) -> None:
+    parts = list(dict.fromkeys(part for run in runs for part in run.bytes_by_part))
+    height = 0.8 / len(runs)
+    for index, run in enumerate(runs):
+        values = [run.bytes_by_part.get(part, 0.0) / 1000 for part in parts]
+        places = [place + (index - (len(runs) - 1) / 2) * height for place in range(len(parts))]
+        axes.barh(places, values, height=0.9 * height, color=run.color)
+        for place, value in zip(places, values):
+            axes.text(value, place, f" {value:,.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(parts)), parts)
     axes.invert_yaxis()
-    axes.set_xlabel("bits per byte, lower is better (axis does not start at 0)")
+    axes.margins(x=0.15)
+    axes.set_xlabel("thousand bytes in the file, and code")
 
 
-def draw_report(folder: Path) -> Path:
-    result = read_result(folder)
+def plot_stream(axes, runs: list[Run]) -> None:
+    for run in runs:
+        axes.plot(range(len(run.stream)), run.stream, color=run.color, marker="o", linewidth=1.5)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("pass of the plan")
+    axes.set_ylabel("size of the stream (root mean square)")
+
+
+def draw(folders: list[Path], out: Path) -> Path:
+    if len(folders) > len(COLORS):
+        raise RunError(f"{len(folders)} runs: at most {len(COLORS)} can be told apart in one picture")
+    runs = [load_run(folder, color) for folder, color in zip(folders, COLORS)]
     pyplot = import_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 2), layout="constrained")
-    plot_loss(left, folder)
-    plot_stages(right, result)
-    for axes in (left, right):
-        axes.spines["top"].set_visible(False)
-        axes.grid(axis="both", color=GREY, alpha=0.2)
+    has_stream = any(run.stream for run in runs)
+    figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained", width_ratios=(3, 3, 2.4))
+    plot_loss(grid[0, 0], runs, "train_s", "training time (s)")
+    plot_loss(grid[0, 1], runs, "tokens", "training tokens (millions)")
+    plot_stages(grid[1, 0], runs)
+    plot_bytes(grid[1, 1], runs)
+    if has_stream:
+        plot_stream(grid[0, 2], runs)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=GREY, alpha=0.2)
         axes.set_axisbelow(True)
-    megabytes = int(result["total_bytes"]) / 1e6
-    figure.suptitle(
-        f"{folder.name}: {float(result['val_bpb']):.4f} bits per byte ({result['score_mode']}), "
-        f"{int(result['steps']):,} steps, {int(result['tokens']):,} tokens in {float(result['train_s']):.0f} s, "
-        f"{megabytes:.2f} MB with code",
-        fontsize=11,
-    )
-    path = folder / "report.png"
-    figure.savefig(path, dpi=130)
+    for axes in [grid[1, 2], *([] if has_stream else [grid[0, 2]])]:
+        axes.axis("off")
+    for index, run in enumerate(runs):
+        r = run.result
+        text = (f"{run.name}\n{float(r['val_bpb']):.4f} bits per byte ({r['score_mode']})\n{int(r['steps']):,} steps, "
+                f"{int(r['tokens']):,} tokens\n{float(r['train_s']):.0f} s to train, "
+                f"{float(r['eval_s']):.0f} s to score\n"
+                f"{int(r['total_bytes']):,} bytes with code")  # fmt: skip
+        top = 1 - index / max(len(runs), 3)
+        grid[1, 2].text(0, top, text, color=run.color, va="top", fontsize=10, transform=grid[1, 2].transAxes)
+    figure.savefig(out, dpi=120)
     pyplot.close(figure)
-    return path
+    return out
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", type=Path, help="picture to write (one run: report.png in its folder)")
+    args = parser.parse_args(argv)
     try:
-        print(f"picture path:{draw_report(parser.parse_args(argv).run)}")
-    except RunError as error:
+        if args.out is None and len(args.runs) > 1:
+            raise RunError("several runs need --out, the picture to write")
+        print(f"picture path:{draw(args.runs, args.out or args.runs[0] / 'report.png')}")
+    except (RunError, train_gpt.Stop, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
