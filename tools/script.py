@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import ast
 import base64
+import bz2
 import hashlib
 import io
-import json
 import lzma
 import re
 import warnings
@@ -81,19 +81,16 @@ def unpack_zip(content: bytes) -> dict[str, str]:
             code = archive.read("code") if "code" in sizes else b""
     except Exception as error:  # a damaged archive makes zipfile raise nearly anything
         raise ScriptError(f"the zip application does not unzip: {error}") from None
-    found = re.search(r"filters=\[(\{[^}]*\})\]", main)
-    if not found or main != pack.STUB % found[1]:
+    if main != pack.STUB:
         parse_source(main)
         raise Unreadable("a zip application of another packer")
     try:
-        settings = ast.literal_eval(found[1])
-        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[settings | {"dict_size": 1 << 20}])
-        modules = json.loads(reader.decompress(code, MAX_SOURCE_BYTES))
-        if not (isinstance(modules, dict) and all(isinstance(text, str) for text in modules.values())):
-            raise ValueError("it holds no modules")
-        return modules
-    except (ValueError, TypeError, lzma.LZMAError) as error:
+        start, *parts = bz2.BZ2Decompressor().decompress(code, MAX_SOURCE_BYTES).decode().split("\0")
+    except (ValueError, OSError) as error:
         raise ScriptError(f"the code in the zip application does not decompress: {error}") from None
+    if start != pack.START:
+        raise Unreadable("a zip application with another start script")
+    return dict(zip(parts[::2], parts[1::2]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
