@@ -23,10 +23,16 @@ def mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, up)).square(), down)
 
 
+@torch.compiler.assume_constant_result
+def has_room(device: torch.device) -> bool:
+    """Whether the tiles fit: Hopper and the large Blackwells have 227 KiB of shared memory, others 99 or 163."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
+
+
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The kernel copies tiles with the hardware's tile copy, which needs rows of a multiple of 16 bytes."""
-    has_tiles = triton and x.is_cuda and all(size * x.element_size() % 16 == 0 for size in up.shape)
-    return (mlp_triton if has_tiles else mlp_ref)(x, up, down)
+    """The hardware's tile copy needs rows of a multiple of 16 bytes."""
+    suits = triton and x.is_cuda and x.dtype.itemsize == 2 and not (up.shape[0] % 8 or up.shape[1] % 8)
+    return (mlp_triton if suits and has_room(x.device) else mlp_ref)(x, up, down)
 
 
 if triton:
@@ -48,23 +54,27 @@ if triton:
                 else:
                     factor = right.load([column, k]).T
                 total = tl.dot(left.load([row, k]), factor, total, input_precision="ieee")
-            if BACKWARD:
-                total *= 2 * tl.sqrt(hidden.load([row, column]).to(tl.float32))
-            else:
-                total = tl.maximum(total, 0.0)
-                total *= total
-            out.store([row, column], total.to(out.dtype))
+            # in halves, or the tiles on their way out and in would not fit into shared memory beside those of the loop
+            halves = tl.split(total.reshape(HEIGHT, 2, WIDTH // 2).permute(0, 2, 1))
+            for side in tl.static_range(2):
+                half, at = halves[side], [row, column + side * (WIDTH // 2)]
+                if BACKWARD:
+                    half *= 2 * tl.sqrt(hidden.load(at).to(tl.float32))
+                else:
+                    half = tl.maximum(half, 0.0)
+                    half *= half
+                out.store(at, half.to(out.dtype))
 
     def launch(left: Tensor, right: Tensor, hidden: Tensor | None) -> Tensor:
         """(rows, depth) and, forward, (columns, depth) or, backward, (depth, columns) and (rows, columns)."""
         rows, depth = left.shape
         columns = right.shape[hidden is not None]
         out = left.new_empty(rows, columns)
-        # in float32, which no recipe uses, a tile of half the depth takes the same room
-        height, width, deep = 128, 256, 128 // left.element_size()
-        right_tile = (width, deep) if hidden is None else (deep, width)
-        pairs = (left, (height, deep)), (right, right_tile), (hidden, (height, width)), (out, (height, width))
-        described = [None if t is None else TensorDescriptor.from_tensor(t, list(tile)) for t, tile in pairs]
+        height, width, deep = 128, 256, 64  # three stages of these tiles fill the shared memory of a Hopper processor
+        right_tile = [width, deep] if hidden is None else [deep, width]
+        half = [height, width // 2]
+        tiles = (left, [height, deep]), (right, right_tile), (hidden, half), (out, half)
+        described = [None if t is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tiles]
         programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 2
         mlp_kernel[(min(programs, triton.cdiv(rows, height) * triton.cdiv(columns, width)),)](
             *described, rows, columns, depth, BACKWARD=hidden is not None, HEIGHT=height, WIDTH=width, DEPTH=deep,
@@ -108,4 +118,4 @@ if triton:
     mlp_op.register_autograd(mlp_backward, setup_context=keep_hidden)
 
     def mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return mlp_op(x.flatten(0, -2).contiguous(), up, down)[0].unflatten(0, x.shape[:-1])
+        return mlp_op(x.flatten(0, -2).contiguous(), up, down)[0].view(x.shape)
