@@ -7,7 +7,11 @@ memory, is asked from Triton's compiler, which needs no GPU either. On one: pyth
 CPU, float32: pytest tests/test_kernels.py
 """
 
+import ast
+import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -19,10 +23,12 @@ import kernels.head as head
 import kernels.mlp as mlp
 import kernels.newton_schulz as newton_schulz
 import kernels.quantize as quantize
+import tools.pack
 from train_gpt import Grid, dequantize_tensor, quantize_tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
+PUBLIC = {head: "head_loss", mlp: "mlp", newton_schulz: "orthogonalize", quantize: "round_to_grid"}
 
 needs_triton = pytest.mark.skipif(not head.triton, reason="triton has no wheel here, so only the PyTorch forms exist")
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the process that the first test starts")
@@ -220,26 +226,53 @@ def hopper_cases():
     yield "round", quantize, "round_kernel", ["*fp32", "*bf16", n, f, f, 1024], 4
 
 
-@needs_triton
-@outside
-@pytest.mark.parametrize("module, kernel, types, warps", [pytest.param(*c[1:], id=c[0]) for c in hopper_cases()])
-def test_it_compiles_for_hopper_and_fits(module, kernel, types, warps, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def packed_modules(tmp_path_factory):
+    """The modules as a packed script holds them: only what their public functions reach, and minified."""
+    found = {}
+    for module in (head, mlp, newton_schulz, quantize):
+        trees = {module.__name__: ast.parse(inspect.getsource(module) + f"\ndef main(): return {PUBLIC[module]}\n")}
+        tools.pack.keep_reachable(trees)
+        path = tmp_path_factory.mktemp("packed") / "packed.py"
+        path.write_text(tools.pack.minify(trees[module.__name__]))
+        spec = importlib.util.spec_from_file_location("packed_" + module.__name__.replace(".", "_"), path)
+        found[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found[module])
+    return found
+
+
+def compile_for_hopper(function, types: list, warps: int):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(module, kernel)
     constants = {(i,): kind for i, kind in enumerate(types) if not isinstance(kind, str)}
-    signature = {
-        name: kind if isinstance(kind, str) else "constexpr"
-        for name, kind in zip(function.arg_names, types, strict=True)
-    }
+    kinds = [kind if isinstance(kind, str) else "constexpr" for kind in types]
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if str(kind)[0] in "*i"}
+    signature = dict(zip(function.arg_names, kinds, strict=True))
     source = triton.compiler.ASTSource(function, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=3))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=3))
+
+
+@needs_triton
+@outside
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("module, kernel, types, warps", [pytest.param(*c[1:], id=c[0]) for c in hopper_cases()])
+def test_it_compiles_for_hopper_and_fits_and_so_does_what_is_packed(
+    module, kernel, types, warps, packed_modules, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = compile_for_hopper(getattr(module, kernel), types, warps)
     assert made.asm["cubin"] and made.metadata.shared <= HOPPER_SHARED_BYTES
     if "dot" in made.asm["ttir"]:
         assert "wgmma" in made.asm["ptx"], "the products do not run on Hopper's tensor cores"
+    packed = compile_for_hopper(getattr(packed_modules[module], kernel), types, warps)
+    assert without_places(packed.asm["ttir"]) == without_places(made.asm["ttir"])
+
+
+def without_places(ttir: str) -> list[str]:
+    """Operations without the names and lines of the source that they came from."""
+    body = re.sub(r"loc\(.*\)", "", "\n".join(line for line in ttir.splitlines() if not line.startswith("#")))
+    return re.sub(r"%\w+", "%", body).split()
 
 
 @outside

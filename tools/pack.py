@@ -81,6 +81,10 @@ def defined_by(line: ast.stmt) -> set[str]:
         return {line.name}
     if isinstance(line, ast.Import | ast.ImportFrom) and getattr(line, "module", "") != "__future__":
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
+    if isinstance(line, ast.If | ast.Try):  # what is there only beside Triton stays or goes as a whole
+        return set().union(
+            *(defined_by(node) for node in ast.walk(line) if isinstance(node, ast.stmt) and node != line)
+        )
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
@@ -116,10 +120,20 @@ def minify(tree: ast.Module) -> str:
         import python_minifier
     except ImportError:
         raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt", 2) from None
-    annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
-    return python_minifier.minify(
-        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False
+    fixed = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation and "constexpr" not in ast.unparse(node.annotation):
+            node.annotation = None
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        if any(node.annotation for node in function.args.args):  # Triton reads these: no other name, no second one
+            fixed += [node.arg for node in function.args.args]
+    annotations = python_minifier.RemoveAnnotationsOptions(
+        remove_class_attribute_annotations=False, remove_argument_annotations=False
     )
+    return python_minifier.minify(
+        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
+        preserve_locals=fixed,
+    )  # fmt: skip
 
 
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
