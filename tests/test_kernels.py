@@ -30,7 +30,10 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
 PUBLIC = {head: "head_loss", mlp: "mlp", newton_schulz: "orthogonalize", quantize: "round_to_grid"}
 
-needs_triton = pytest.mark.skipif(not head.triton, reason="triton has no wheel here, so only the PyTorch forms exist")
+needs_triton = pytest.mark.skipif(
+    not head.triton,
+    reason="triton is not installed (requirements.txt has it on Linux x86_64), so only the PyTorch forms exist",
+)
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the process that the first test starts")
 outside = pytest.mark.skipif(IS_INTERPRETED, reason="runs outside the interpreter")
 
