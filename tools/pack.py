@@ -85,6 +85,10 @@ def defined_by(line: ast.stmt) -> set[str]:
         return {line.name}
     if isinstance(line, ast.Import | ast.ImportFrom):  # not even __future__ counts: annotations are not kept
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
+    if isinstance(line, ast.If | ast.Try):  # what is there only beside Triton stays or goes as a whole
+        return set().union(
+            *(defined_by(node) for node in ast.walk(line) if isinstance(node, ast.stmt) and node != line)
+        )
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
@@ -108,16 +112,25 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
         import python_minifier
     except ImportError:
         raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt", 2) from None
+    fixed = []
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(0)
         elif isinstance(node, ast.arguments):
-            while node.args and node.args[0].arg not in keywords:
-                node.posonlyargs.append(node.args.pop(0))
-    annotations = python_minifier.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
+            everyone = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+            if any(arg.annotation and "constexpr" in ast.unparse(arg.annotation) for arg in everyone):
+                fixed += [arg.arg for arg in everyone]  # Triton reads these; it wants builtins by their names, too
+            else:
+                while node.args and node.args[0].arg not in keywords:
+                    node.posonlyargs.append(node.args.pop(0))
+        elif isinstance(node, ast.arg) and node.annotation and "constexpr" not in ast.unparse(node.annotation):
+            node.annotation = None
+    annotations = python_minifier.RemoveAnnotationsOptions(
+        remove_class_attribute_annotations=False, remove_argument_annotations=False
+    )
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
-        rename_globals=True, preserve_globals=sorted(public),
+        rename_globals=not fixed, preserve_globals=sorted(public), preserve_locals=fixed,
     )  # fmt: skip
 
 

@@ -1,0 +1,87 @@
+"""The head: logits of the tied embedding, squashed into plus or minus `cap`, and their mean cross entropy.
+
+    loss = head_loss(x, weight, targets, cap)     x (..., D), weight (V, D), targets (...): tokens below V
+
+Three products of cuBLAS and one pass over the logits: a row of them fits in registers, so the kernel computes its loss
+and, in place, its gradient. Nothing in float32 of that size exists, nothing is recomputed, and the backward pass has
+only products left. README.md says why this beats one kernel for everything.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch form serves
+    triton = None
+
+
+def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(F.linear(x, weight).float() / cap)
+
+
+def head_loss_ref(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return (head_loss_triton if triton and x.is_cuda else head_loss_ref)(x, weight, targets, cap)
+
+
+if triton:
+
+    @triton.jit
+    def head_kernel(logits, targets, losses, vocab, cap, share, BLOCK: tl.constexpr):
+        """A row: its loss, and in place of the logits `share` times the gradient of the loss with respect to them."""
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < vocab
+        at = logits + row * vocab + columns
+        z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        squashed = 1 - 2 / (tl.exp(2 * z / cap) + 1)  # tanh; right at both ends, where exp is 0 or infinite
+        capped = tl.where(inside, cap * squashed, float("-inf"))
+        top = tl.max(capped, 0)
+        shares = tl.exp(capped - top)
+        total = tl.sum(shares, 0)
+        is_target = columns == tl.load(targets + row)
+        # a target outside the vocabulary is nowhere in the row: the loss is infinite, and the run stops
+        tl.store(losses + row, top + tl.log(total) - tl.max(tl.where(is_target, capped, float("-inf")), 0))
+        slopes = (shares / total - is_target.to(tl.float32)) * (1 - squashed * squashed) * share
+        tl.store(at, slopes.to(logits.dtype.element_ty), mask=inside)
+
+    # opaque to torch.compile, which then needs no graph break; the schema is written out because packing strips hints
+    @torch.library.custom_op(
+        "loopgolf::head",
+        mutates_args=(),
+        schema="(Tensor x, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
+    )
+    def head_op(x, weight, targets, cap):
+        """Mean loss of (N, D) states, and its gradient with respect to the (N, V) products of x and weight."""
+        slopes = x @ weight.mT
+        rows, vocab = slopes.shape
+        losses = torch.empty(rows, device=x.device)
+        block = triton.next_power_of_2(vocab)
+        head_kernel[(rows,)](
+            slopes, targets, losses, vocab, cap, 1 / rows, BLOCK=block, num_warps=min(max(block // 256, 1), 16)
+        )
+        return losses.mean(), slopes
+
+    @head_op.register_fake
+    def head_shapes(x, weight, targets, cap):
+        return x.new_empty((), dtype=torch.float32), x.new_empty(len(x), len(weight))
+
+    def keep_slopes(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # or zeros as large as the slopes would stand for their own gradient
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    def head_backward(ctx, grad, _):
+        x, weight, slopes = ctx.saved_tensors
+        # the incoming gradient goes into the small factor: scaling the slopes would be one more pass over them
+        return slopes @ (weight * grad), slopes.mT @ x * grad, None, None
+
+    head_op.register_autograd(head_backward, setup_context=keep_slopes)
+
+    def head_loss_triton(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return head_op(x.flatten(0, -2), weight, targets.flatten(), cap)[0]
