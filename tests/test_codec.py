@@ -16,23 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from data.tokenizer import LETTERS_OF_NOBODY, encode_document
+from data.tokenizer import LETTERS_OF_NOBODY, encode_document, train_tokenizer
 from tools import codec
 from tools.predict import Predictor, Speller, load_predictor
 from train_gpt import BpbMeter, ByteCounter, build_scorer
 
 MODES = ("plain", "sliding", "banded", "sgd", "lora")
-ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24, seq_len=32)
+ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24)
+# few weights: a short stream of codes takes as many steps to decode as it has symbols
+SMALL = dict(model_dim=8, num_heads=1, rope_dims=4, bigram_buckets=8, bigram_dim=4, ve_dim=4)
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, tokenizer_bytes, tokenizer) -> Path:
-    folder, config = tmp_path_factory.mktemp("run"), tiny_config(**ADAPT)
+    folder, config = tmp_path_factory.mktemp("run"), tiny_config(**ADAPT, **SMALL)
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes)
     digest = codec.hashlib.sha256(tokenizer_bytes).hexdigest()
     model = tiny_model(config)
     with torch.no_grad():
-        model.embed.weight.mul_(0.2)  # a prediction that is not all on one token
+        model.embed.weight.mul_(2.0)  # predictions that are far from uniform
     weights = {name: p.detach() for name, p in model.named_parameters()}
     content = pack_weights(config, weights, plan_grids(config, model), dict(sha256=digest, vocab=384))
     (folder / "artifact.lg").write_bytes(content)
@@ -118,8 +120,11 @@ def test_frequencies_are_whole_and_leave_nothing_out(values):
 
 @pytest.mark.parametrize("size", [2, 1024, 65536])
 def test_frequencies_of_large_vocabularies(size):
-    values = np.random.default_rng(size).normal(0, 8, size)
-    for values in (values, np.zeros(size), np.where(np.arange(size) == 1, 0.0, -np.inf)):
+    for values in (
+        np.random.default_rng(size).normal(0, 8, size),
+        np.zeros(size),
+        np.where(np.arange(size) == 1, 0.0, -np.inf),
+    ):
         freqs = codec.compute_frequencies(values)
         assert freqs.sum() == 1 << codec.FREQ_BITS and freqs.min() >= 1
 
@@ -307,9 +312,7 @@ def test_wrong_input_is_one_line(artifact, coded, tmp_path, capsys):
 
 
 def test_another_tokenizer_is_refused(artifact, tmp_path, documents, capsys):
-    from data.tokenizer import train_tokenizer
-
-    train_tokenizer(documents, tmp_path / "other.model", 300)
+    train_tokenizer(documents[:2], tmp_path / "other.model", 320)
     arguments = (artifact, artifact, tmp_path / "out", "--tokenizer", str(tmp_path / "other.model"))
     code, _, error = call(capsys, "encode", *arguments)
     assert code == 2 and "not the tokenizer of this artifact" in error
