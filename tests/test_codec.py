@@ -6,12 +6,13 @@ On a CPU: pytest tests/test_codec.py
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_model
+from helpers import tiny_context, write_artifact
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -23,22 +24,11 @@ from train_gpt import BpbMeter, ByteCounter, build_scorer
 
 MODES = ("plain", "sliding", "banded", "sgd", "lora")
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24)
-# few weights: a short stream of codes takes as many steps to decode as it has symbols
-SMALL = dict(model_dim=8, num_heads=1, rope_dims=4, bigram_buckets=8, bigram_dim=4, ve_dim=4)
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, tokenizer_bytes, tokenizer) -> Path:
-    folder, config = tmp_path_factory.mktemp("run"), tiny_config(**ADAPT, **SMALL)
-    (folder / "tokenizer.model").write_bytes(tokenizer_bytes)
-    digest = codec.hashlib.sha256(tokenizer_bytes).hexdigest()
-    model = tiny_model(config)
-    with torch.no_grad():
-        model.embed.weight.mul_(2.0)  # predictions that are far from uniform
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    content = pack_weights(config, weights, plan_grids(config, model), dict(sha256=digest, vocab=384))
-    (folder / "artifact.lg").write_bytes(content)
-    return folder / "artifact.lg"
+def artifact(tmp_path_factory, tokenizer_bytes) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("run"), tokenizer_bytes, **ADAPT)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +40,7 @@ def speller(tokenizer) -> Speller:
 def predictor(artifact) -> Predictor:
     """In float32, where one token at a time and whole windows give nearly the same."""
     found = load_predictor(artifact)
-    found.model.float()
-    return Predictor(**vars(found) | dict(ctx=tiny_context()))
+    return replace(found, ctx=tiny_context(), model=found.model.float())
 
 
 # --- bytes and tokens -------------------------------------------------------------------------------------------------
@@ -146,6 +135,26 @@ def test_symbols_come_back_from_the_coder(steps):
     assert bits - 1 <= 8 * len(payload) <= bits + 65 + len(steps) * 0.001
 
 
+@pytest.mark.parametrize("rare", [1, 3, 1 << 12, 1 << 23])
+def test_many_symbols_come_back_from_the_coder(rare):
+    tables = {0: (0, (1 << codec.FREQ_BITS) - rare), 1: ((1 << codec.FREQ_BITS) - rare, rare)}
+    symbols = np.random.default_rng(rare).integers(0, 2, 3000).tolist()
+    decoder = codec.IntervalDecoder(codec.encode_intervals([tables[symbol] for symbol in symbols]))
+    freqs = np.array([tables[0][1], rare])
+    assert [decoder.next_symbol(freqs) for _ in symbols] == symbols
+    decoder.check_end()
+
+
+def test_the_coder_notices_that_symbols_are_left():
+    decoder = codec.IntervalDecoder(codec.encode_intervals([(1 << 23, 1 << 23)] * 3))
+    for left in (True, True, False):
+        decoder.next_symbol(np.array([1 << 23, 1 << 23]))
+        if left:
+            with pytest.raises(codec.DamagedFile, match="does not end with the last token"):
+                decoder.check_end()
+    decoder.check_end()
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +205,7 @@ class Recorder:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_coder_uses_the_probabilities_of_the_score(mode, predictor, documents):
     """One token at a time, and ignorant of what comes, it gets what score_tokens gets from whole windows."""
-    predictor = Predictor(**vars(predictor) | dict(mode=mode))
+    predictor = replace(predictor, mode=mode)
     tokens = predictor.speller.to_tokens("\n".join(documents).encode())[:230]
     meter, found = Recorder(), []
 
@@ -219,7 +228,7 @@ def test_the_coder_uses_the_probabilities_of_the_score(mode, predictor, document
 
 def test_the_claim_is_that_of_the_meter(predictor, documents):
     tokens, meter = predictor.speller.to_tokens(documents[1].encode()), BpbMeter(predictor.counter)
-    predictor = Predictor(**vars(predictor) | dict(mode="banded"))
+    predictor = replace(predictor, mode="banded")
     predictor.score(predictor.row(tokens), meter)
     payload = codec.encode_tokens(predictor, tokens)
     assert 8 * len(payload) == pytest.approx(meter.total(predictor.ctx).nats / math.log(2), abs=65)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import train_gpt
 from data.shards import DataError
-from tools.predict import InputError, Predictor, load_predictor, read_file
+from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
 
 MAGIC, VERSION = b"LOOPTEXT", 1
 FREQ_BITS = 24  # frequencies sum to 2^24: 1,024 symbols that all get at least 1 take 0.006% of it
@@ -264,10 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("artifact", type=Path)
         command.add_argument("file", type=Path)
         command.add_argument("--out", type=Path, required=True, help="the file to write")
-        default = "that of the artifact" if name == "encode" else "that of the file"
-        modes = train_gpt.CHOICES["score_mode"]
-        command.add_argument("--mode", choices=modes, default="", help=f"how to predict (default: {default})")
-        command.add_argument("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
+        add_model_options(command, "that of the artifact" if name == "encode" else "that of the file")
         command.add_argument("--json", action="store_true", help="report as JSON")
     return parser
 

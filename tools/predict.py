@@ -5,6 +5,7 @@ Programs that use an artifact on text (tools.codec, tools.surprise, tools.sample
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 from dataclasses import dataclass, replace
@@ -127,3 +128,11 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def add_model_options(parser: argparse.ArgumentParser, default_mode: str = "") -> None:
+    """--tokenizer, and --mode where there is a choice."""
+    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
+    if default_mode:
+        modes = train_gpt.CHOICES["score_mode"]
+        parser.add_argument("--mode", choices=modes, default="", help=f"how to predict (default: {default_mode})")
