@@ -1,5 +1,6 @@
 """What the tests share: a tiny config, the command line in a folder of its own, and log lines read back."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer
     """An artifact of these weights, plainly rounded."""
     bits = {name: grid.bits for name, grid in grids.items() if grid}
     return train_gpt.pack_artifact(config, train_gpt.quantize_weights(weights, grids, {}), bits, tokenizer)
+
+
+def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:
+    """An artifact of few weights with its tokenizer beside it: codes in a short stream are slow to decode."""
+    small = dict(model_dim=8, num_heads=1, rope_dims=4, bigram_buckets=8, bigram_dim=4, ve_dim=4)
+    config, digest = tiny_config(**small | changes), hashlib.sha256(tokenizer_bytes).hexdigest()
+    model = tiny_model(config)
+    with torch.no_grad():
+        model.embed.weight.mul_(2.0)  # predictions that are far from uniform
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    content = pack_weights(config, weights, plan_grids(config, model), dict(sha256=digest, vocab=config.vocab_size))
+    (folder / "tokenizer.model").write_bytes(tokenizer_bytes)
+    (folder / "artifact.lg").write_bytes(content)
+    return folder / "artifact.lg"
 
 
 def options(**settings) -> list[str]:

@@ -173,8 +173,22 @@ class TargetAware(WindowScorer):
             yield positions, (log_probs + torch.nn.functional.one_hot(tokens[positions], 384)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("scorer, rule", [(Overfull, "normalized"), (Undefined, "normalized"),
-                                          (Partial, "normalized"), (TargetAware, "causal")])  # fmt: skip
+class KnowsDocuments(WindowScorer):
+    """Is the surer the more documents the text has."""
+
+    def log_probs(self, tokens, windows):
+        sharpness = 1 + 0.01 * int((tokens == self.config.bos_id).sum())
+        for positions, log_probs in super().log_probs(tokens, windows):
+            yield positions, (sharpness * log_probs).log_softmax(-1)
+
+
+NO_DISTRIBUTION = {
+    Overfull: "normalized", Undefined: "normalized", Partial: "normalized",
+    TargetAware: "causal", KnowsDocuments: "causal",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer, rule", NO_DISTRIBUTION.items())
 def test_what_is_no_distribution_fixed_beforehand_is_caught(scorer, rule, judge):
     verdicts = judge("plain", cheat(scorer, "plain"))
     assert broken(verdicts) == {rule}

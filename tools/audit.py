@@ -181,6 +181,7 @@ class Auditor:
         scorer = build()
         self.config, self.is_per_document = scorer.config, scorer.is_per_document
         self.length, self.stride = scorer.length, scorer.stride
+        self.artifact = fingerprint(scorer)
         self.adapts = type(scorer).observe is not WindowScorer.observe
         self.learnt = 0  # observations that moved a weight
 
@@ -193,6 +194,9 @@ class Auditor:
         score_tokens(scorer, tokens, meter)
         if watch or self.adapts:
             update.probes, self.learnt = update.probes + scorer.compared, self.learnt + scorer.learnt
+        update.probes += 1
+        if fingerprint(scorer) != self.artifact:
+            update.fault(what="the weights after a pass are not those of the artifact")
         self.check_normalized(meter)
         self.check_once(meter)
         self.bar.update()
