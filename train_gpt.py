@@ -93,7 +93,7 @@ class Stored:
     score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
     stride: int = 64  # tokens that a sliding window scores
     band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
-    ttt_windows: str = "banded"  # sgd: how tokens are scored, sliding or banded
+    ttt_windows: str = "banded"  # sgd: how its tokens are scored, sliding or banded
     ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
     ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
     ttt_momentum: float = 0.9  # sgd: momentum
@@ -221,8 +221,9 @@ RECIPES = {
     "pocket": dict(
         plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="none", score_mode="sliding", score_tokens=65536, score_batch=16, ttt_chunk=8192,
-        ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0, calibration_tokens=32768,
+        final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536, score_batch=16,
+        ttt_chunk=8192, ttt_batch=4, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
+        calibration_tokens=32768,
     ),
 }  # fmt: skip
 
