@@ -63,7 +63,7 @@ class DamagedFile(train_gpt.Stop):
 
 def compute_frequencies(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities to integers of at least 1 that sum to 2^24. Both directions call this, and nothing else. What
-    the model holds for less likely than 2^-24 costs 24 bits, so noise may take less than the score claims."""
+    the model holds for less likely than 2^-24 costs 24 bits all the same, so noise may take less than is claimed."""
     if np.isnan(log_probs).any():
         raise DamagedFile("the model predicts something that is not a probability")
     shares = np.exp(log_probs.astype(np.float64) - log_probs.max())
