@@ -986,7 +986,7 @@ class LoopedGPT(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
-        self.config, self.plan = config, parse_plan(config.plan)
+        self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
         D, P, kv_dim = config.model_dim, len(config.passes), config.num_kv_heads * config.head_dim
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.value_rows = {p: i for i, p in enumerate(sorted(parse_pass_set("ve_passes", config.ve_passes, P)))}
@@ -1581,16 +1581,17 @@ class WindowScorer:
 
     def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
-        score_batch of them, are padded to one shape: what stands behind a token, or in another row, cannot change its
-        states."""
-        L = self.config.seq_len
-        inputs = torch.full((self.config.score_batch, self.length), self.config.bos_id)
+        score_batch of them, are padded to one shape if that saves compilation: what stands behind a token, or in
+        another row, cannot change its states."""
+        L, rows = self.config.seq_len, self.config.score_batch if self.model.is_compiled else len(windows)
+        inputs = torch.full((rows, self.length), self.config.bos_id)
         for row, w in zip(inputs, windows):
             row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
         inputs = inputs.to(self.ctx.device)
+        lora = {b: {n: (a[:rows], z[:rows]) for n, (a, z) in layers.items()} for b, layers in self.lora.items()}
         cache = Cache(self.band) if self.length > L or self.band < L else None
         for at in range(0, max(w.stop - 1 - w.start for w in windows), L):
-            states = self.model(inputs[:, at : at + L], cache=cache, lora=self.lora)
+            states = self.model(inputs[:, at : at + L], cache=cache, lora=lora)
             begins = [w.start + at for w in windows]
             spans = [range(max(w.first - 1, b), min(w.stop - 1, b + L)) for w, b in zip(windows, begins)]
             if any(spans):
@@ -1728,6 +1729,11 @@ class LoraScorer(WindowScorer):
         self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
 
 
+def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
+    """A model to score with. A CPU takes longer to compile the shapes of scoring than to score without."""
+    return build_model(config, replace(ctx, compile="none") if ctx.device.type == "cpu" else ctx)
+
+
 def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
     adaptive = {"sgd": SgdScorer, "lora": LoraScorer}
     return adaptive[mode](model, config, ctx) if mode in adaptive else WindowScorer(model, config, ctx, mode)
@@ -1784,7 +1790,7 @@ def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: 
     """Score one mode and log it. `name` says which weights, where it is not the artifact."""
     started = time.perf_counter()
     scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
-    if ctx.compile != "none":
+    if model.is_compiled:
         scorer.warm_up()
     score_tokens(scorer, val.tokens, meter, name or mode, started + config.eval_budget)
     score = meter.total(ctx)
@@ -2119,7 +2125,7 @@ def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(artifact, build_model(config, ctx), config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, build_judge(config, ctx), config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
@@ -2148,14 +2154,13 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     log_plan(config, k_scale, model, ctx)
     trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
-    for name in ("trained", "averaged"):
+    path, judge = folder / "artifact.lg", build_judge(config, ctx)
+    for name, weights in (("trained", dict(model.named_parameters())), ("averaged", trained.averaged)):
         if name in config.also.split(","):
-            if name == "averaged":
-                trained.latents.publish(trained.averaged, quantized=False)
-            found[f"bpb_{name}"] = evaluate("plain", model, config, ctx, val, name).bpb
-    path = folder / "artifact.lg"
+            load_weights(judge, weights)
+            found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
     export(config, ctx, model, trained, tokenizer, path)
-    found |= score_artifact(load_artifact(path), model, config, ctx, val, tokenizer)
+    found |= score_artifact(load_artifact(path), judge, config, ctx, val, tokenizer)
     result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
     if ctx.rank == 0:
         report = dict(result=result, config=asdict(config), source=source)

@@ -2,10 +2,13 @@
 hangs nor counts a token twice. torchrun with gloo on a CPU, float32: pytest tests/test_distributed.py
 """
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import events, parse_log, run_cli, tiny_options
+from helpers import ROOT, clean_environment, events, parse_log, run_cli, tiny_options
 
 from train_gpt import load_artifact
 
@@ -58,6 +61,26 @@ def test_two_ranks_score_a_file_as_one_does(runs, dataset, tmp_path):
         tolerance = 1e-4 if key in ("bpb_sgd", "bpb_lora") else 1e-6
         assert float(result[key]) == pytest.approx(float(before[key]), abs=tolerance)
     assert all(pairs["tokens"] == "395" for pairs in events(done.stdout, "score"))
+
+
+def test_two_machines_meet_at_one_rendezvous(dataset, tmp_path, runs):
+    """What the Slurm script of the README starts, with both nodes on this machine: one run, one log, the same losses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              "--rdzv_id=loopgolf", f"--rdzv_endpoint=localhost:{port}"]  # fmt: skip
+    command = [sys.executable, *launch, str(ROOT / "train_gpt.py"), *tiny_options(dataset, **RUN | dict(also="plain"))]
+    nodes = [
+        subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum(out.count(b"\nresult ") for out, _ in outputs) == 1
+    text = (tmp_path / "runs/r/log.txt").read_text()
+    losses, single = ([float(p["train_loss"]) for p in events(log, "train")] for log in (text, runs[1][1]))
+    assert events(text, "hardware")[0]["world"] == "2" and losses == pytest.approx(single, abs=1e-3)
 
 
 def test_a_batch_that_does_not_split_is_one_line_and_no_file(dataset, tmp_path):
