@@ -76,9 +76,10 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
     config, w = model.config, dict(model.named_parameters())
     passes = model.plan.passes(depth, config.depth)
     x = x0 = embed_one_by_one(model, tokens.tolist())
-    value_rows = {"none": [], "all": list(range(len(config.passes)))}.get(config.ve_passes)
+    slots = list(range(model.plan.count_passes(config.rows)))
+    value_rows = {"none": [], "all": slots}.get(config.ve_passes)
     if value_rows is None:
-        value_rows = list(range(len(config.passes)))[-int(config.ve_passes.removeprefix("last")) :]
+        value_rows = slots[-int(config.ve_passes.removeprefix("last")) :]
     entered, pushed, half = {}, [], len(passes) // 2 if config.skips == "unet" else 0
     for index, p in enumerate(passes):
         for group in p.enter:
