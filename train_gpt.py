@@ -2052,6 +2052,25 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
 
 
+@torch.no_grad()
+def log_telemetry(model: LoopedGPT, step: int, stream: TokenStream, ctx: RunContext) -> None:
+    """The size of the stream at the end of each repetition, on the same text every time, and how much the adapter of
+    each pass is like that of the first."""
+    sizes = []
+
+    def watch(p: Pass, x: Tensor) -> Tensor:
+        if p.ends:
+            sizes.append(x.float().square().mean().sqrt())
+        return x
+
+    model(load_batch(stream, 0, model.config, ctx)[0][:1], watch=watch)
+    found = {"rms": sizes}
+    if model.adapters is not None:
+        unit = F.normalize(model.adapters[:, 1].flatten(1), dim=1)
+        found["adapter_cosines"] = unit[1:] @ unit[0]
+    ctx.log("telemetry", step=step, **{name: ",".join(f"{v:.3f}" for v in values) for name, values in found.items()})
+
+
 def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
     """Everything that the next step depends on; the data position is the step."""
     if ctx.rank:
@@ -2143,6 +2162,7 @@ def train(
     warm_up(model, optim, config, ctx)
     calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
     reserve = config.export_reserve if calibrates else 0.0
+    has_loops = "*" in config.plan
     budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
     budget.recent.extend([at.step_s] if at.step_s else [])
     with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
@@ -2157,6 +2177,8 @@ def train(
             if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
                 ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
                         step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
+            if has_loops and progress < 0.5 and at.step & (at.step - 1) == 0:  # steps 1, 2, 4, 8: far from the end
+                log_telemetry(model, at.step, stream, ctx)
             bar.update(progress - bar.n)
             bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
             is_bad = not math.isfinite(loss)
@@ -2174,6 +2196,8 @@ def train(
         left = None if config.iterations else lambda: deadline_s - clock.read()
         hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
         at.used_s = clock.stop()
+    if has_loops:
+        log_telemetry(model, at.step, stream, ctx)
     save_checkpoint(folder, optim, average, at, ctx)
     return Trained(latents, averaged, hessians, k_scale, at)
 
