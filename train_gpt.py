@@ -15,6 +15,7 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -70,25 +71,38 @@ class Stored:
     """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
-    depth: int = 4  # repetitions of the group marked *r in the plan
+    depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
+    max_r: int = 0  # most repetitions that are sampled and that have rows in the per-pass tables (0 = depth)
+    bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
+    score_depth: int = 0  # repetitions while scoring (0 = depth)
     skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
     vocab_size: int = 1024  # size of the tokenizer's vocabulary
     bos_id: int = 1  # token that starts every document
     model_dim: int = 1024  # width of the residual stream
+    inject: str = "concat"  # how ^ mixes the kept stream into the present one: concat (a matrix on both) or add
+    block_norm: str = "pre"  # norms of a block: pre (before attention and MLP), sandwich (after each sum too)
+    norm_weights: bool = False  # norms of the stream have a learned weight per channel
+    embed_norm: bool = True  # norm the embeddings
+    pass_scales: bool = True  # every pass mixes the embedding in and scales what its block adds, per channel
+    adapter_rank: int = 0  # rank of an adapter that every pass has before its attention (0 = none)
+    windows: str = ""  # reach of each block's attention in turn: L the context, S half of it (empty = L)
+    tied: bool = True  # the head is the token embedding
+    mlp: str = "relu2"  # relu2, or swiglu: a second projection gates the hidden layer
     num_heads: int = 32  # query heads
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
     seq_len: int = 2048  # tokens in a training sequence and in a scoring window
     rope_dims: int = 16  # dimensions of each head that rotate with position
     rope_base: float = 10000.0  # slowest wavelength of the rotation, in tokens over 2 pi
-    q_gain: float = 1.5  # initial gain on the normalised queries
+    qk_norm: bool = True  # norm queries and keys
+    q_gain: float = 1.5  # initial gain on the queries of a head (0 = no gain)
     xsa_passes: str = "all"  # passes with exclusive self attention: none, all, last4 or 3,5,6
     ve_passes: str = "last2"  # passes whose values get a token's value embedding (same forms)
     ve_dim: int = 128  # width of the value embedding table
     smear: bool = True  # mix each embedding with the previous token's, per channel
     bigram_buckets: int = 10240  # rows of the hashed bigram table (0 = none)
     bigram_dim: int = 128  # width of the bigram table
-    softcap: float = 30.0  # logits are squashed into plus or minus this
+    softcap: float = 30.0  # logits are squashed into plus or minus this (0 = they are not)
     doc_attention: bool = False  # attention stops at document boundaries
     score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
     stride: int = 64  # tokens that a sliding window scores
@@ -112,6 +126,8 @@ class Config(Stored):
 
     recipe: str = "4b7l"  # named set of settings that the other options change
     loop_start: float = 0.0  # fraction of the budget before which every group of the plan runs once
+    sample_depth: bool = False  # draw r anew for every step: 1 + Poisson(LogNormal of mean depth), at most max_r
+    optimizer: str = "muon"  # of the matrices, with Adam for the rest; or lion for all
 
     seed: int = 1337  # seed of the initial weights
     iterations: int = 0  # train this many steps instead of for a time (0 = use the time budget)
@@ -177,7 +193,7 @@ class Config(Stored):
             for word in value.split(",") if name == "also" else [value]:
                 if word not in words:
                     raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
-        n_passes = plan.count_passes(self.depth)
+        n_passes, most = (plan.count_passes(depth) for depth in (self.rows, max(self.rows, self.score_depth)))
         for name, is_wrong, why in (
             ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
             ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
@@ -188,7 +204,10 @@ class Config(Stored):
             ("band", self.band > self.seq_len, f"must be at most seq_len={self.seq_len}"),
             ("bos_id", self.bos_id >= self.vocab_size, f"must be below vocab_size={self.vocab_size}"),
             ("skips", self.skips == "unet" and plan.is_variable, "needs a plan without *r; use --skips none"),
-            ("plan", n_passes > 512, f"has {n_passes} passes, at most 512 are built"),
+            ("plan", most > 512, f"has {most} passes, at most 512 are built"),
+            ("sample_depth", self.sample_depth and not plan.is_variable, "needs a plan with *r"),
+            ("max_r", self.sample_depth and self.max_r < self.depth, f"must be at least depth={self.depth}"),
+            ("windows", set(self.windows) - set("LS"), "is made of the letters L and S"),
             ("ttt_freeze", set(self.ttt_freeze) - set(plan.names), f"the plan has only the blocks {plan.names}"),
         ):
             if is_wrong:
@@ -205,8 +224,9 @@ class Config(Stored):
         return int(self.mlp_mult * self.model_dim)
 
     @property
-    def passes(self) -> tuple[Pass, ...]:
-        return parse_plan(self.plan).passes(self.depth, self.depth)
+    def rows(self) -> int:
+        """Repetitions of the *r group that have rows of their own in the per-pass tables."""
+        return max(self.depth, self.max_r)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -216,6 +236,16 @@ class Config(Stored):
         return {f.name: getattr(self, f.name) for f in fields(Stored)}
 
 
+# Only a plan and its blocks: what the published systems leave out, at sizes beyond 16 MB.
+BARE = dict(
+    skips="none", pass_scales=False, q_gain=0.0, xsa_passes="none", ve_passes="none", smear=False, bigram_buckets=0,
+    mlp_mult=4.0, average="none", score_mode="plain", byte_limit=0,
+)  # fmt: skip
+RECURSIVE = BARE | dict(
+    plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
+    num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
+    weight_decay=0.0, table_lr=0.2,
+)  # fmt: skip
 RECIPES = {
     "4b7l": {},
     "pocket": dict(
@@ -225,11 +255,37 @@ RECIPES = {
         ttt_chunk=8192, ttt_batch=4, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
         calibration_tokens=32768,
     ),
+    "frontier": dict(
+        plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
+        mlp_mult=4.0, ve_passes="none", smear=False, bigram_buckets=0, batch_tokens=786432,
+        data_path="data/fineweb_sp8192",
+    ),
+    "baseline9": dict(
+        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, xsa_passes="none",
+        ve_passes="none", smear=False, bigram_buckets=0, matrix_lr=0.04, table_lr=0.05, vector_lr=0.04, momentum=0.95,
+        momentum_warmup=0.036, weight_decay=0.0, grad_clip=0.0, warmdown=0.087, average="none", edge_bits=8,
+        score_mode="plain",
+    ),
+    "recursive_d20": RECURSIVE,
+    "looped_s20": RECURSIVE | dict(
+        plan="ab(^cdef~~)*rgh", block_norm="sandwich", norm_weights=True, windows="LLSSSLLL", warmdown=0.5,
+        weight_decay=0.072, grad_clip=0.0, table_lr=0.3, vector_lr=0.005,
+    ),
+    "osrt_v3": BARE | dict(
+        plan="(ab~)*6", adapter_rank=16, norm_weights=True, embed_norm=False, qk_norm=False, mlp="swiglu", mlp_mult=2.7,
+        vocab_size=50304, model_dim=1280, num_heads=20, num_kv_heads=20, rope_dims=64, softcap=0.0, optimizer="lion",
+        matrix_lr=1e-4, table_lr=1e-4, vector_lr=1e-4, beta2=0.99, weight_decay=0.3, grad_clip=1.0, warmdown=1.0,
+        final_lr=0.1, batch_tokens=131072,
+    ),
 }  # fmt: skip
 
 CHOICES = {
     "recipe": RECIPES,
     "skips": ("none", "unet"),
+    "inject": ("concat", "add"),
+    "block_norm": ("pre", "sandwich"),
+    "mlp": ("relu2", "swiglu"),
+    "optimizer": ("muon", "lion"),
     "average": ("none", "swa", "ema"),
     "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
     "ttt_windows": ("sliding", "banded"),
@@ -244,10 +300,12 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
     (0, 0.5): "export_reserve",
     (0, 0.9999): "beta1 beta2",
     (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
+    (0, 256): "max_r score_depth",
     (0, 1000): "ttt_epochs",
+    (0, 65536): "adapter_rank",
     (0, 2**24): "bigram_buckets",
     (0.01, 64): "mlp_mult",
-    (0.1, MOST): "softcap max_wallclock_seconds core_k edge_k embed_k table_k",
+    (0.1, MOST): "max_wallclock_seconds core_k edge_k embed_k table_k",
     (1, 256): "depth",
     (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim score_batch ttt_batch lora_rank",
     (1, MOST): "rope_base batch_tokens average_every stride ttt_chunk lora_chunk log_every",
@@ -348,6 +406,8 @@ class Pass:
     enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
     inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
     norm: bool = False  # a norm follows this pass
+    ends: bool = False  # a repetition of a group ends with this pass
+    left: int = -1  # inside the *r group: its repetitions that still follow
 
 
 @dataclass(frozen=True)
@@ -377,6 +437,10 @@ class Group:
             if repetition == 0:
                 passes[first].enter = self.inject + passes[first].enter
             passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
+            passes[-1].ends |= self.count != 1
+            if not self.count:
+                for p in passes[first:]:
+                    p.left = last - repetition
         return passes
 
 
@@ -680,13 +744,28 @@ class Settings:
     depth: int
 
 
-def settings_at(config: Config, progress: float) -> Settings:
+def draw_depths(config: Config, key, count: int) -> np.ndarray:
+    """r as training samples it: its mean is about depth + 1, and the same key draws the same on every rank."""
+    generator = np.random.default_rng(key)
+    rates = generator.lognormal(math.log(config.depth) - 0.125, 0.5, count)  # of mean depth
+    return np.minimum(1 + generator.poisson(rates), config.max_r)
+
+
+def expect_depth(config: Config, most: int = 0) -> float:
+    """E[min(r, most)], over a million draws; most = 0: E[r]."""
+    draws = draw_depths(config, 0, 1 << 20) if config.sample_depth else np.array([config.depth])
+    return float(np.minimum(draws, most or math.inf).mean())
+
+
+def settings_at(config: Config, progress: float, step: int = 0) -> Settings:
     left = min(1.0, (1.0 - progress) / config.warmdown) if config.warmdown else 1.0
     risen = min(1.0, progress / config.momentum_warmup) if config.momentum_warmup else 1.0
+    key = config.seed % 2**64, step
+    depth = int(draw_depths(config, key, 1)[0]) if config.sample_depth else config.depth
     return Settings(
         lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
         momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
-        depth=0 if progress < config.loop_start else config.depth,
+        depth=0 if progress < config.loop_start else depth,
     )
 
 
@@ -843,8 +922,8 @@ class DoesNotFit(Stop):
 # pass. One forward serves training, scoring, test-time training and generation.
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps=1e-6)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
@@ -920,22 +999,44 @@ class Block(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
         D, K = config.model_dim, config.head_dim
-        self.head_dim, self.heads, self.kv_heads = K, config.num_heads, config.num_kv_heads
+        self.config, self.head_dim = config, K
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
         self.out = Linear(self.heads * K, (D,), dtype)
-        self.up = Linear(D, (config.mlp_dim,), dtype)
+        self.up = Linear(D, (config.mlp_dim,) * (2 if config.mlp == "swiglu" else 1), dtype)
         self.down = Linear(config.mlp_dim, (D,), dtype)
-        self.q_gain = nn.Parameter(torch.empty(self.heads))
+        self.q_gain = nn.Parameter(torch.empty(self.heads)) if config.q_gain else None
+        n_norms = 4 if config.block_norm == "sandwich" else 2
+        self.norms = nn.Parameter(torch.empty(n_norms, D)) if config.norm_weights else None
 
-    def forward(self, x, x0, mix, scale, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
-        """x, x0 (B, T, D); mix, scale (2, D); value: added to the values, or None; past: keys and values of earlier
-        positions, or None; lora: adapters of the linear layers. Returns x and, to keep, all keys and values."""
-        mix, scale = mix.to(x.dtype), scale.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        y, kept = self.attention(rms_norm(x), value, is_xsa, reach, past, keep, lora.get("qkv"))
-        x = x + scale[0] * self.out(y, lora.get("out"))
-        y = F.relu(self.up(rms_norm(x), lora.get("up"))).square()
-        return x + scale[1] * self.down(y, lora.get("down")), kept
+    def forward(self, x, x0, mix, scale, adapter, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
+        """x, x0 (B, T, D); mix, scale (2, D) and adapter (2, D, R), or None; value: added to the values, or None; past:
+        keys and values of earlier positions, or None; lora: adapters of the linear layers. Returns x and, to keep, all
+        keys and values."""
+        if mix is not None:
+            mix = mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        if adapter is not None:
+            down, up = adapter.to(x.dtype)
+            x = x + x @ down @ up.T
+        y, kept = self.attention(self.norm(x, 0), value, is_xsa, reach, past, keep, lora.get("qkv"))
+        x = self.add(x, self.out(y, lora.get("out")), scale, 0)
+        return self.add(x, self.mlp(self.norm(x, 1), lora), scale, 1), kept
+
+    def norm(self, x: Tensor, index: int) -> Tensor:
+        return rms_norm(x, None if self.norms is None else self.norms[index])
+
+    def add(self, x: Tensor, y: Tensor, scale: Tensor | None, part: int) -> Tensor:
+        """The stream with what attention (part 0) or the MLP (part 1) gave."""
+        x = x + (y if scale is None else scale[part].to(x.dtype) * y)
+        return self.norm(x, 2 + part) if self.config.block_norm == "sandwich" else x
+
+    def mlp(self, x: Tensor, lora: dict) -> Tensor:
+        y = self.up(x, lora.get("up"))
+        if self.config.mlp == "swiglu":
+            gate, y = y.chunk(2, -1)
+            return self.down(F.silu(gate) * y, lora.get("down"))
+        return self.down(F.relu(y).square(), lora.get("down"))
 
     def attention(self, x, value, is_xsa, reach, past, keep, lora):
         B, T, _ = x.shape
@@ -943,12 +1044,16 @@ class Block(nn.Module):
         if value is not None:
             v = v + value
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
-        q, k, own = rms_norm(q), rms_norm(k), v
+        own = v
+        if self.config.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
         if past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         kept = (k, v) if keep else None
         q, k = rotate(q, reach.cos[-T:], reach.sin[-T:]), rotate(k, reach.cos, reach.sin)
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, reach.window, reach.docs)
+        if self.q_gain is not None:
+            q = q * self.q_gain.to(q.dtype)[:, None]
+        y = attend(q, k, v, reach.window, reach.docs)
         if is_xsa:  # exclusive self attention: nothing along a position's own value
             y = y.view(B, T, self.kv_heads, -1, self.head_dim)
             unit = F.normalize(own, dim=-1).unsqueeze(3)
@@ -958,10 +1063,11 @@ class Block(nn.Module):
 
 class Cache:
     """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
-    look back on two), keys and values of every pass for the last window - 1."""
+    look back on two), keys and values for the last window - 1. `repetitions` of the *r group keep keys and values of
+    their own; what comes deeper shares those of the last, so that 1 keeps those of the final repetition only."""
 
-    def __init__(self, window: int):
-        self.window = window
+    def __init__(self, window: int, repetitions: int = 256):
+        self.window, self.repetitions = window, repetitions
         self.tokens: Tensor | None = None
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -969,12 +1075,14 @@ class Cache:
     def length(self) -> int:
         return self.kept[0][0].shape[1] if self.kept else 0
 
-    def keep(self, index: int, pair: tuple[Tensor, Tensor]) -> None:
-        self.kept[index] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
+    def keep(self, tokens: Tensor, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.tokens = tokens[:, -self.window - 1 :]
+        self.kept = {slot: tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in kept[slot]) for slot in kept}
 
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(F.linear(x, weight).float() / cap)
+    logits = F.linear(x, weight).float()
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -982,18 +1090,22 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 class LoopedGPT(nn.Module):
-    """Token, bigram and value embeddings, shared blocks applied as the plan says, tied head."""
+    """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
         self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
-        D, P, kv_dim = config.model_dim, len(config.passes), config.num_kv_heads * config.head_dim
+        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        P = self.plan.count_passes(config.rows)
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.value_rows = {p: i for i, p in enumerate(sorted(parse_pass_set("ve_passes", config.ve_passes, P)))}
         self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
+        if not config.tied:
+            self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         self.blocks = nn.ModuleDict({name: Block(config, dtype) for name in self.plan.names})
-        self.mixes = nn.Parameter(torch.empty(P, 2, D))
-        self.scales = nn.Parameter(torch.empty(P, 2, D))
+        self.mixes = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
+        self.scales = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
+        self.adapters = nn.Parameter(torch.empty(P, 2, D, config.adapter_rank)) if config.adapter_rank else None
         if config.skips == "unet":
             self.skips = nn.Parameter(torch.empty(P // 2, D))
         if config.smear:
@@ -1005,7 +1117,10 @@ class LoopedGPT(nn.Module):
             self.value = nn.Embedding(config.vocab_size, config.ve_dim, dtype=dtype)
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
             self.value_scales = nn.Parameter(torch.empty(len(self.value_rows)))
-        self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in self.plan.injected})
+        mixed = self.plan.injected if config.inject == "concat" else ()
+        self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in mixed})
+        normed = ["embed"] * config.embed_norm + ["loop"] * ("~" in config.plan) + ["final"]
+        self.norms = nn.ParameterDict({n: torch.empty(D) for n in normed if config.norm_weights})
 
         def compiled(function, *modes: str):
             return torch.compile(function, dynamic=False) if compile_mode in modes else function
@@ -1018,10 +1133,11 @@ class LoopedGPT(nn.Module):
         """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
         owner = self.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.Embedding):
-            return "embed" if owner is self.embed else "table"
+            return "embed" if "embed." in name else "table"
         if not isinstance(owner, Linear):
             return "vector"
-        uses = [self.plan.names[p.block] for p in self.config.passes]
+        rows = self.config.rows
+        uses = [self.plan.names[p.block] for p in self.plan.passes(rows, rows)]
         return "core" if name.startswith("blocks.") and uses.count(name.split(".")[1]) > 1 else "edge"
 
     def kind(self, name: str) -> str:
@@ -1033,13 +1149,13 @@ class LoopedGPT(nn.Module):
         Drawn on the CPU, so that every device and rank starts from the same weights."""
         generator = torch.Generator().manual_seed(seed)
         ones = {"mixes", "scales", "skips", "value_scales"}
-        tables = {"embed.weight": 0.005, "bigram.weight": 0.01, "value.weight": 0.01}
+        tables = {"embed.weight": 0.005 if self.config.tied else 1.0, "bigram.weight": 0.01, "value.weight": 0.01}
         with torch.no_grad():
             for name, p in self.named_parameters():
                 fresh = torch.zeros(p.shape)
                 if name in tables:
                     fresh.normal_(std=tables[name], generator=generator)
-                elif name in ones:
+                elif name in ones or "norms" in name:
                     fresh.fill_(1.0)
                 elif name.endswith("q_gain"):
                     fresh.fill_(self.config.q_gain)
@@ -1050,8 +1166,10 @@ class LoopedGPT(nn.Module):
                         nn.init.orthogonal_(part, generator=generator)
                 if name == "mixes":
                     fresh[:, 1] = 0.0
+                if name == "adapters":
+                    fresh[:, 0].normal_(std=0.01, generator=generator)
                 if name == "value_out.weight":
-                    fresh /= math.sqrt(2 * len(self.config.passes))
+                    fresh /= math.sqrt(2 * self.plan.count_passes(self.config.rows))
                 p.copy_(fresh)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -1062,7 +1180,8 @@ class LoopedGPT(nn.Module):
         x = self.embed(tokens[:, 1:])
         if config.bigram_buckets:
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
-        x = rms_norm(x)
+        if config.embed_norm:
+            x = rms_norm(x, self.norms.get("embed"))
         if not config.smear:
             return x[:, 1:]
         gate = torch.sigmoid(self.smear_gate).to(x.dtype)
@@ -1075,51 +1194,83 @@ class LoopedGPT(nn.Module):
         angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None]
         return angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
 
-    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None, lora=None) -> Tensor:
-        return self.run_states(self, tokens, self.config.depth if depth is None else depth, cache, lora or {})
+    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None, lora=None, watch=None):
+        depth = self.config.score_depth or self.config.depth if depth is None else depth
+        run = LoopedGPT.states if watch else self.run_states
+        return run(self, tokens, depth, cache, lora or {}, watch)
 
-    def states(self, tokens: Tensor, depth: int, cache: Cache | None, lora: dict[str, dict]) -> Tensor:
+    def states(
+        self,
+        tokens: Tensor,
+        depth: int,
+        cache: Cache | None,
+        lora: dict[str, dict],
+        watch: Callable[[Pass, Tensor], Tensor] | None,
+    ) -> Tensor:
         """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (0: every group once). With a
-        cache the tokens continue its stream. `lora` holds adapters by block and layer."""
+        cache the tokens continue its stream. `lora` holds adapters by block and layer. `watch` sees the stream after
+        every pass, before a norm of the plan, and returns the stream that goes on; then nothing is compiled."""
         config, T = self.config, tokens.shape[1]
-        passes = self.plan.passes(depth, config.depth)
+        passes = self.plan.passes(depth, config.rows)
+        slots = [p.slot for p in self.plan.passes(depth, cache.repetitions)] if cache else []
         past = cache.length if cache else 0
         start = tokens.new_full((len(tokens), 2), config.bos_id)
         seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
         docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
-        reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
+        window, turns = cache.window if cache else config.seq_len, self.rotary(past + T, tokens.device)
+        short = min(window, (config.seq_len + 1) // 2)
+        reaches = {"L": Reach(*turns, window, docs), "S": Reach(*turns, short, docs)}
         x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
         value = self.value_out(self.value(tokens)) if self.value_rows else None
         n_skips = len(passes) // 2 if config.skips == "unet" else 0
-        entered, pushed = {}, []
+        run_block = Block.forward if watch else self.run_block
+        entered, pushed, kept = {}, [], {}
+
+        def row(table: Tensor | None, slot: int) -> Tensor | None:
+            return None if table is None else table[slot]
+
         for index, p in enumerate(passes):
-            entered |= dict.fromkeys(p.enter, x)
-            for group in p.inject:
-                x = self.inject[str(group)](torch.cat((entered[group], x), -1))
-            if n_skips <= index < 2 * n_skips:
-                x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
-            row = self.value_rows.get(p.slot)
-            x, kept = self.run_block(
-                self.blocks[name := self.plan.names[p.block]], x, x0, self.mixes[p.slot], self.scales[p.slot],
-                None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
-                cache.kept.get(index) if cache else None, cache is not None, lora.get(name, {}),
-            )  # fmt: skip
-            if p.norm:
-                x = rms_norm(x)
-            if index < n_skips:
-                pushed.append(x)
-            if cache:
-                cache.keep(index, kept)
+            with torch.no_grad() if 0 < config.bptt <= p.left else contextlib.nullcontext():
+                entered |= dict.fromkeys(p.enter, x)
+                for group in p.inject:
+                    e = entered[group]
+                    x = self.inject[str(group)](torch.cat((e, x), -1)) if self.inject else x + e
+                if n_skips <= index < 2 * n_skips:
+                    x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
+                at = self.value_rows.get(p.slot)
+                reach = reaches[self.reach_kind(p.block)]
+                x, pair = run_block(
+                    self.blocks[name := self.plan.names[p.block]], x, x0, row(self.mixes, p.slot),
+                    row(self.scales, p.slot), row(self.adapters, p.slot),
+                    None if at is None else self.value_scales[at].to(x.dtype) * value, p.slot in self.xsa, reach,
+                    cache.kept.get(slots[index]) if cache else None, cache is not None, lora.get(name, {}),
+                )  # fmt: skip
+                if watch:
+                    x = watch(p, x)
+                if p.norm:
+                    x = rms_norm(x, self.norms.get("loop"))
+                if index < n_skips:
+                    pushed.append(x)
+                if cache:
+                    kept[slots[index]] = pair
         if cache:
-            cache.tokens = seen[:, -cache.window - 1 :]
-        return rms_norm(x)
+            cache.keep(seen, kept)
+        return rms_norm(x, self.norms.get("final"))
+
+    @property
+    def head(self) -> Tensor:
+        return (self.embed if self.config.tied else self.unembed).weight
 
     def logits(self, x: Tensor) -> Tensor:
-        return softcap_logits(x, self.embed.weight, self.config.softcap)
+        return softcap_logits(x, self.head, self.config.softcap)
+
+    def reach_kind(self, block: int) -> str:
+        kinds = self.config.windows or "L"
+        return kinds[block % len(kinds)]
 
     def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
-        return self.run_loss(self.forward(tokens, depth), self.embed.weight, targets, self.config.softcap)
+        return self.run_loss(self.forward(tokens, depth), self.head, targets, self.config.softcap)
 
 
 def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
@@ -1129,15 +1280,26 @@ def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
         return LoopedGPT(config, ctx.dtype, ctx.compile)
 
 
-def compute_flops(config: Config, depth: int) -> int:
-    """Operations of one trained token, forward and backward: 6 per weight and pass, 12 K per head, key and query."""
+def compute_flops(config: Config, depth: float, learned: float | None = None) -> int:
+    """Operations of one trained token, forward and backward, at a mean depth: 6 per weight and pass, 12 K per head,
+    key and query; a third of it in repetitions of the *r group that no gradient reaches, all but `learned` of them."""
     with torch.device("meta"):
         model = LoopedGPT(config)
-    block = sum(p.numel() for p in model.blocks[model.plan.names[0]].parameters() if p.ndim == 2)
-    once = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear)) - block * len(model.blocks)
-    attention = 12 * config.model_dim * config.seq_len // 2
-    n_passes = len(model.plan.passes(depth, config.depth))
-    return n_passes * (6 * block + attention) + 6 * (once + model.embed.weight.numel())
+    D, T = config.model_dim, config.seq_len
+    block = sum(m.weight.numel() for m in model.blocks[model.plan.names[0]].children())
+    once = sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel()
+
+    def cost(r: int) -> float:
+        total = 6 * once
+        for p in model.plan.passes(r, config.rows):
+            window = T if model.reach_kind(p.block) == "L" else T / 2
+            weights = block + 2 * D * (config.adapter_rank + D * len(p.inject) * bool(model.inject))
+            total += 6 * weights + 12 * D * (window - window**2 / (2 * T))
+        return total
+
+    once_more = cost(2) - cost(1)
+    idle = depth - (depth if learned is None else learned)
+    return int(cost(1) + (depth - 1 - idle * 2 / 3) * once_more)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1198,8 +1360,8 @@ def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape form a batch, and ranks share the batch."""
 
-    def __init__(self, weights: list[Tensor], parts: list[tuple[int, ...]], ctx: RunContext, weight_decay: float):
-        super().__init__(weights, dict(lr=0.0, momentum=0.0, weight_decay=weight_decay))
+    def __init__(self, groups: list[dict], parts: list[tuple[int, ...]], ctx: RunContext):
+        super().__init__(groups, dict(lr=0.0))
         self.parts, self.ctx = parts, ctx
 
     @torch.no_grad()
@@ -1229,42 +1391,60 @@ class Muon(torch.optim.Optimizer):
         return torch.cat(ctx.gather(mine))[:n].float()
 
 
+class Lion(torch.optim.Optimizer):
+    """The sign of a gradient mixed with its momentum; every weight moves by the learning rate."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for weight in group["params"]:
+                if not (state := self.state[weight]):
+                    state["momentum"] = torch.zeros_like(weight)
+                update = state["momentum"].lerp(weight.grad, 1 - beta1).sign()
+                weight.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr)
+                state["momentum"].lerp_(weight.grad, 1 - beta2)
+
+
 class Optimizers:
-    """Muon for matrices, Adam for tables and vectors. Only matrices and tables decay."""
+    """Muon for matrices and Adam for tables and vectors, or Lion for all. Only matrices and tables decay."""
 
     def __init__(self, model: LoopedGPT, latents: Latents, config: Config, ctx: RunContext):
-        self.config, self.latents = config, latents
+        self.latents = latents
         of = {kind: [n for n in latents.weights if model.kind(n) == kind] for kind in ("matrix", "table", "vector")}
         covered = [n for names in of.values() for n in names]
         assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter without optimizer"
         pick = {kind: [latents.weights[n] for n in names] for kind, names in of.items()}
-        parts = [model.get_submodule(n.removesuffix(".weight")).parts for n in of["matrix"]]
-        self.muon = Muon(pick["matrix"], parts, ctx, config.weight_decay)
-        groups = [
+        matrices, *others = (
+            dict(params=pick["matrix"], peak=config.matrix_lr, weight_decay=config.weight_decay),
             dict(params=pick["table"], peak=config.table_lr, weight_decay=config.weight_decay),
             dict(params=pick["vector"], peak=config.vector_lr, weight_decay=0.0),
-        ]
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+        )
+        rest = dict(lr=0.0, betas=(config.beta1, config.beta2))
+        if config.optimizer == "lion":
+            self.all = {"lion": Lion([matrices, *others], rest)}
+        else:
+            parts = [model.get_submodule(n.removesuffix(".weight")).parts for n in of["matrix"]]
+            self.all = {"muon": Muon([matrices], parts, ctx), "adam": torch.optim.AdamW(others, fused=True, **rest)}
 
     def step(self, settings: Settings) -> None:
-        self.muon.param_groups[0] |= dict(lr=self.config.matrix_lr * settings.lr_scale, momentum=settings.momentum)
-        for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * settings.lr_scale
-        self.muon.step()
-        self.adam.step()
+        for optimizer in self.all.values():
+            for group in optimizer.param_groups:
+                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)
+            optimizer.step()
         self.latents.flat_grad.zero_()
         self.latents.publish()
 
     def state(self) -> dict:
         weights = {n: w.detach() for n, w in self.latents.weights.items()}
-        return {"weights": weights, "muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+        return {"weights": weights} | {name: optimizer.state_dict() for name, optimizer in self.all.items()}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
         for name, weight in self.latents.weights.items():
             weight.copy_(state["weights"][name])
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+        for name, optimizer in self.all.items():
+            optimizer.load_state_dict(state[name])
         self.latents.flat_grad.zero_()
         self.latents.publish()
 
@@ -1870,12 +2050,32 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     batch = split_span(
         torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
     )
-    for depth in sorted({0 if config.loop_start else config.depth, config.depth}):
+    depths = {1, config.max_r} if config.sample_depth else {config.depth}
+    for depth in sorted(depths | ({0} if config.loop_start else set())):
         train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
     optim.load(before)
     torch.set_rng_state(random_state)
     ctx.sync()
     ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def log_telemetry(model: LoopedGPT, step: int, stream: TokenStream, ctx: RunContext) -> None:
+    """The size of the stream at the end of each repetition, on the same text every time, and how much the adapter of
+    each pass is like that of the first."""
+    sizes = []
+
+    def watch(p: Pass, x: Tensor) -> Tensor:
+        if p.ends:
+            sizes.append(x.float().square().mean().sqrt())
+        return x
+
+    model(load_batch(stream, 0, model.config, ctx)[0][:1], watch=watch)
+    found = {"rms": sizes}
+    if model.adapters is not None:
+        unit = F.normalize(model.adapters[:, 1].flatten(1), dim=1)
+        found["adapter_cosines"] = unit[1:] @ unit[0]
+    ctx.log("telemetry", step=step, **{name: ",".join(f"{v:.3f}" for v in values) for name, values in found.items()})
 
 
 def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
@@ -1969,12 +2169,13 @@ def train(
     warm_up(model, optim, config, ctx)
     calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
     reserve = config.export_reserve if calibrates else 0.0
+    has_loops = "*" in config.plan
     budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
     budget.recent.extend([at.step_s] if at.step_s else [])
     with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
-            settings = settings_at(config, progress)
+            settings = settings_at(config, progress, at.step)
             step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
             average.update(latents.weights, at.step, progress)
             loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
@@ -1983,6 +2184,8 @@ def train(
             if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
                 ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
                         step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
+            if has_loops and progress < 0.5 and at.step & (at.step - 1) == 0:  # steps 1, 2, 4, 8: far from the end
+                log_telemetry(model, at.step, stream, ctx)
             bar.update(progress - bar.n)
             bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
             is_bad = not math.isfinite(loss)
@@ -2000,6 +2203,8 @@ def train(
         left = None if config.iterations else lambda: deadline_s - clock.read()
         hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
         at.used_s = clock.stop()
+    if has_loops:
+        log_telemetry(model, at.step, stream, ctx)
     save_checkpoint(folder, optim, average, at, ctx)
     return Trained(latents, averaged, hessians, k_scale, at)
 
@@ -2035,20 +2240,23 @@ def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) 
     counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
     for name, p in model.named_parameters():
         counts[model.role(name)] += p.numel()
-    params, n_passes, limit = sum(counts.values()), len(config.passes), config.byte_limit
+    params, plan, limit = sum(counts.values()), model.plan, config.byte_limit
     artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
     total_bytes = artifact_bytes + config.code_reserve
     if limit and total_bytes > 1.05 * limit:
         raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
-    flops = compute_flops(config, config.depth)
+    mean_r, learned = expect_depth(config), expect_depth(config, config.bptt)
+    flops = compute_flops(config, mean_r, learned)
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
-    bytes_per_token = n_passes * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
+    n_kept = plan.count_passes(min(config.rows, config.bptt or config.rows))  # passes that wait for their gradient
+    bytes_per_token = n_kept * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
     memory = rows * (bytes_per_token + 8 * config.vocab_size) + params * 24
     # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
     core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
     rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
     core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
-    ctx.log("model", params=params, **counts, passes=n_passes, blocks=len(model.blocks))
+    ctx.log("model", params=params, **counts, passes=plan.count_passes(config.depth), blocks=len(model.blocks),
+            **(dict(mean_r=mean_r) if plan.is_variable else {}))  # fmt: skip
     ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
     step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
     ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)

@@ -116,7 +116,7 @@ def test_wrong_values_in_the_environment_are_refused_too():
     (dict(stride=33), ("stride", "seq_len")), (dict(matrix_lr=-1.0), ("matrix_lr",)), (dict(ttt_lr=-1.0), ("ttt_lr",)),
     (dict(beta1=1.0), ("beta1",)), (dict(beta2=-0.1), ("beta2",)), (dict(momentum=-0.1), ("momentum",)),
     (dict(ttt_momentum=-5.0), ("ttt_momentum",)), (dict(weight_decay=-0.1), ("weight_decay",)),
-    (dict(warmdown=1.5), ("warmdown",)), (dict(loop_start=-0.1), ("loop_start",)), (dict(softcap=0.0), ("softcap",)),
+    (dict(warmdown=1.5), ("warmdown",)), (dict(loop_start=-0.1), ("loop_start",)), (dict(softcap=-1.0), ("softcap",)),
     (dict(max_wallclock_seconds=0.0), ("max_wallclock_seconds",)), (dict(iterations=-1), ("iterations",)),
     (dict(ttt_chunk=0), ("ttt_chunk",)), (dict(score_batch=0), ("score_batch",)), (dict(log_every=0), ("log_every",)),
     (dict(micro_batch=-1), ("micro_batch",)), (dict(average_every=0), ("average_every",)),

@@ -16,8 +16,8 @@ from torch import Tensor
 from train_gpt import RECIPES, Cache, Config, LoopedGPT, Reach, softcap_logits
 
 
-def norm(x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def embed_one_by_one(model: LoopedGPT, tokens: list[int]) -> Tensor:
@@ -30,7 +30,7 @@ def embed_one_by_one(model: LoopedGPT, tokens: list[int]) -> Tensor:
             before = config.bos_id if token == config.bos_id else before
             bucket = (92821 * before + token) % config.bigram_buckets
             row = row + w["bigram_out.weight"] @ w["bigram.weight"][bucket]
-        rows.append(norm(row))
+        rows.append(norm(row, w.get("norms.embed", 1.0)) if config.embed_norm else row)
     if not config.smear:
         return torch.stack(rows[1:])
     gate = torch.sigmoid(w["smear_gate"])
@@ -53,18 +53,21 @@ def rotate_one(x: Tensor, position: int, config: Config) -> Tensor:
 def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | None, is_xsa: bool) -> Tensor:
     config, block = model.config, model.blocks[letter]
     K, H, J = config.head_dim, config.num_heads, config.num_kv_heads
-    qkv = x @ block.qkv.weight.T
+    qkv, unit = x @ block.qkv.weight.T, norm if config.qk_norm else torch.clone
+    kinds = config.windows or "L"
+    reach = config.seq_len // (2 if kinds[model.plan.names.index(letter) % len(kinds)] == "S" else 1)
     q, k, v = qkv[:, : H * K], qkv[:, H * K : (H + J) * K], qkv[:, (H + J) * K :]
     v = v if value is None else v + value
     out = torch.zeros(len(x), H * K)
     for h in range(H):
         j, mine = h // (H // J), slice(h * K, h * K + K)
         theirs = slice(j * K, j * K + K)
-        keys = [rotate_one(norm(row), t, config) for t, row in enumerate(k[:, theirs])]
+        keys = [rotate_one(unit(row), t, config) for t, row in enumerate(k[:, theirs])]
         for t in range(len(x)):
-            query = rotate_one(norm(q[t, mine]), t, config) * block.q_gain[h]
-            chances = torch.stack([query @ key / math.sqrt(K) for key in keys[: t + 1]]).softmax(0)
-            y = sum(chance * row for chance, row in zip(chances, v[: t + 1, theirs]))
+            query = rotate_one(unit(q[t, mine]), t, config) * (block.q_gain[h] if config.q_gain else 1)
+            seen = slice(max(0, t + 1 - reach), t + 1)
+            chances = torch.stack([query @ key / math.sqrt(K) for key in keys[seen]]).softmax(0)
+            y = sum(chance * row for chance, row in zip(chances, v[seen, theirs]))
             own = v[t, theirs] / v[t, theirs].norm()
             out[t, mine] = y - (y @ own) * own if is_xsa else y
     return out @ block.out.weight.T
@@ -74,34 +77,44 @@ def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | 
 def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
     """(T,) tokens to (T, D) states: the passes written out, with the table rows that the plan names."""
     config, w = model.config, dict(model.named_parameters())
-    passes = model.plan.passes(depth, config.depth)
+    passes = model.plan.passes(depth, config.rows)
     x = x0 = embed_one_by_one(model, tokens.tolist())
-    value_rows = {"none": [], "all": list(range(len(config.passes)))}.get(config.ve_passes)
+    slots = list(range(model.plan.count_passes(config.rows)))
+    value_rows = {"none": [], "all": slots}.get(config.ve_passes)
     if value_rows is None:
-        value_rows = list(range(len(config.passes)))[-int(config.ve_passes.removeprefix("last")) :]
+        value_rows = slots[-int(config.ve_passes.removeprefix("last")) :]
     entered, pushed, half = {}, [], len(passes) // 2 if config.skips == "unet" else 0
     for index, p in enumerate(passes):
         for group in p.enter:
             entered[group] = x
         for group in p.inject:
-            x = torch.cat((entered[group], x), -1) @ w[f"inject.{group}.weight"].T
+            both = torch.cat((entered[group], x), -1)
+            x = x + entered[group] if config.inject == "add" else both @ w[f"inject.{group}.weight"].T
         if half <= index < 2 * half:
             x = x + w["skips"][len(pushed) - 1] * pushed.pop()
-        letter, mix, scale = model.plan.names[p.block], w["mixes"][p.slot], w["scales"][p.slot]
+        letter, block = model.plan.names[p.block], model.blocks[model.plan.names[p.block]]
+        mix, scale = (w["mixes"][p.slot], w["scales"][p.slot]) if config.pass_scales else ((1, 0), (1, 1))
+        n = w.get(f"blocks.{letter}.norms", [1.0] * 4)
+        after = (lambda x, weight: norm(x, weight)) if config.block_norm == "sandwich" else lambda x, weight: x
         value = None
         if p.slot in value_rows:
             table = w["value.weight"][tokens] @ w["value_out.weight"].T
             value = w["value_scales"][value_rows.index(p.slot)] * table
         is_xsa = config.xsa_passes == "all" or str(p.slot) in config.xsa_passes.split(",")
         x = mix[0] * x + mix[1] * x0
-        x = x + scale[0] * attend_one_by_one(model, letter, norm(x), value, is_xsa)
-        hidden = (norm(x) @ model.blocks[letter].up.weight.T).clamp(min=0).square()
-        x = x + scale[1] * (hidden @ model.blocks[letter].down.weight.T)
+        if config.adapter_rank:
+            x = x + x @ w["adapters"][p.slot, 0] @ w["adapters"][p.slot, 1].T
+        x = x + scale[0] * attend_one_by_one(model, letter, norm(x, n[0]), value, is_xsa)
+        x = after(x, n[-2])
+        hidden = norm(x, n[1]) @ block.up.weight.T
+        gate, gated = hidden[:, : config.mlp_dim], hidden[:, config.mlp_dim :]
+        hidden = gate * gate.sigmoid() * gated if config.mlp == "swiglu" else hidden.clamp(min=0).square()
+        x = after(x + scale[1] * (hidden @ block.down.weight.T), n[-1])
         if p.norm:
-            x = norm(x)
+            x = norm(x, w.get("norms.loop", 1.0))
         if index < half:
             pushed.append(x)
-    return norm(x)
+    return norm(x, w.get("norms.final", 1.0))
 
 
 def draw_tokens(config: Config, count: int, seed: int = 0) -> Tensor:
@@ -298,7 +311,11 @@ def test_logits_are_capped_and_the_loss_is_their_cross_entropy():
     torch.testing.assert_close(model.loss(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
 
 
-VARIANTS = [{}, dict(plan="a(^bc~)*rd", skips="none"), dict(plan="(ab~)*2", ve_passes="none", bigram_buckets=0)]
+VARIANTS = [
+    {}, dict(plan="a(^bc~)*rd", skips="none"), dict(plan="(ab~)*2", ve_passes="none", bigram_buckets=0),
+    dict(plan="(ab~)*2", adapter_rank=3, norm_weights=True, embed_norm=False, mlp="swiglu", pass_scales=False, q_gain=0.0),
+    dict(plan="a(^bc~~)*rd", skips="none", norm_weights=True, block_norm="sandwich", tied=False, windows="LSSL"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -315,7 +332,7 @@ def test_fresh_weights_cover_every_parameter_and_follow_the_seed(changes):
     one, same, other = fresh(1, math.nan), fresh(1, 123.0), fresh(2, math.nan)
     assert all(p.isfinite().all() for p in one.values())
     assert all(torch.equal(one[n], same[n]) for n in one)
-    drawn = [n for n in one if n.endswith(("embed.weight", "qkv.weight", "up.weight"))]
+    drawn = [n for n in one if n == "embed.weight" or n.endswith(("qkv.weight", "up.weight"))]
     assert len(drawn) > 2 and all(not torch.equal(one[n], other[n]) for n in drawn)
 
 

@@ -39,10 +39,10 @@ def copies(latents: Latents) -> dict[str, torch.Tensor]:
 def test_every_parameter_is_in_exactly_one_optimizer(changes):
     _, model, latents, optim = build(**changes)
     assert set(latents.weights) == {n for n, _ in model.named_parameters()}
-    groups = [*optim.muon.param_groups, *optim.adam.param_groups]
+    groups = [group for part in optim.all.values() for group in part.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(w) for w in latents.weights.values())
-    muon = {id(p) for p in optim.muon.param_groups[0]["params"]}
+    muon = {id(p) for p in optim.all["muon"].param_groups[0]["params"]}
     assert {n for n, w in latents.weights.items() if id(w) in muon} == set(held_names(model, "matrix"))
 
 
@@ -110,7 +110,7 @@ def test_momentum_remembers_the_gradient():
     for grad in (1.0, 2.0):
         latents.weights[name].grad.fill_(grad)
         optim.step(FULL)
-    assert torch.allclose(optim.muon.state[latents.weights[name]]["momentum"], torch.tensor(0.9 * 1.0 + 2.0))
+    assert torch.allclose(optim.all["muon"].state[latents.weights[name]]["momentum"], torch.tensor(0.9 * 1.0 + 2.0))
     assert not latents.flat_grad.any(), "a step leaves the gradient at zero"
 
 

@@ -1,0 +1,45 @@
+"""Depth that each token chooses for itself: a watcher for the model's forward.
+
+    early = EarlyExit(0.1)
+    states = model(tokens, 16, watch=early)
+    early.mean_depth
+
+It only measures: positions that have left keep their state, and the others attend to it, but nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from train_gpt import Pass
+
+
+class EarlyExit:
+    """A position leaves the *r group of the plan once a repetition changes its state s by less than tau, relative to
+    the norm of s. The first repetition has nothing to compare with, so at least two are run."""
+
+    def __init__(self, tau: float):
+        self.tau = tau
+        self.state: Tensor | None = None
+        self.repetitions = self.positions = 0
+
+    def __call__(self, p: Pass, x: Tensor) -> Tensor:
+        if p.left < 0 or not p.ends:
+            return x
+        if self.state is None:
+            self.is_open = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+            self.positions += self.is_open.numel()
+        else:
+            x = torch.where(self.is_open[..., None], x, self.state)
+        self.repetitions += int(self.is_open.sum())  # sync
+        if self.state is not None:
+            change = (x - self.state).float().norm(dim=-1) / x.float().norm(dim=-1)
+            self.is_open &= change >= self.tau
+        self.state = x if p.left else None
+        return x
+
+    @property
+    def mean_depth(self) -> float:
+        """Repetitions per position, over all forwards so far."""
+        return self.repetitions / max(self.positions, 1)
