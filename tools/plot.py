@@ -94,16 +94,15 @@ def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
         stream = train_gpt.TokenStream(config["data_path"], "val", config["vocab_size"])
     except (DataError, OSError):
         return []
-    sizes, run_block = [], model.run_block
+    sizes: list[float] = []
 
-    def measure(*args):
-        x, kept = run_block(*args)
+    def measure(_, x: torch.Tensor) -> torch.Tensor:
         sizes.append(x.float().square().mean().sqrt().item())
-        return x, kept
+        return x
 
-    model.run_block = measure
     length = config["seq_len"]
-    model(torch.from_numpy(stream.read(0, min(4, stream.total // length) * length)).view(-1, length))
+    tokens = torch.from_numpy(stream.read(0, min(4, stream.total // length) * length))
+    model(tokens.view(-1, length), watch=measure)
     return sizes
 
 
