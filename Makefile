@@ -6,7 +6,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 # threads that wait must not spin: with anything else on the machine a step would take ten times as long
 export OMP_WAIT_POLICY := passive
 
-.PHONY: run test clean
+.PHONY: run test gpu clean
 
 run: .venv/ready
 	$(PY) -m data.localtext
@@ -16,6 +16,14 @@ run: .venv/ready
 test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
+
+# on one GPU, within nine minutes: are the kernels right, how fast is a step, does a run hold together
+gpu: .venv/ready
+	$(PY) -m data.localtext
+	{ $(PY) -m kernels.check; \
+	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --data_path data/local; \
+	$(PY) train_gpt.py --recipe 4b7l --data_path data/local --max_wallclock_seconds 180 --batch_tokens 131072 \
+	--score_mode banded --also trained,plain --score_tokens 262144 --run_id gpu-$(shell date +%Y%m%d-%H%M%S); } 2>&1 | tee gpu.log
 
 # the stamp is written last, so an interrupted installation starts again
 .venv/ready: requirements.txt requirements-dev.txt
