@@ -1833,8 +1833,8 @@ class SgdScorer(WindowScorer):
     def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
         config, ctx = self.config, self.ctx
         seen = tokens[chunk[0].first - 1 : chunk[-1].stop]
-        rows = (len(seen) - 1) // config.seq_len
-        inputs, targets = (seen[i : i + rows * config.seq_len].view(rows, config.seq_len).to(ctx.device) for i in (0, 1))
+        rows, L = (len(seen) - 1) // config.seq_len, config.seq_len
+        inputs, targets = (seen[i : i + rows * L].view(rows, L).to(ctx.device) for i in (0, 1))
         self.sgd.param_groups[0]["lr"] = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
         for at in [*range(0, rows, config.ttt_batch)] * config.ttt_epochs:
             if self.is_late(until):

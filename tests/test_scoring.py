@@ -325,6 +325,11 @@ def test_without_time_everything_is_scored_and_nothing_learnt(kind, tokens):
     assert torch.equal(rows[1:], record(kind, tokens, ttt_lr=0.0, lora_lr=0.0)[0][1:])
 
 
+def test_a_chunk_shorter_than_a_sequence_teaches_nothing(tokens):
+    _, story, scorer = record("sgd, sliding", tokens, ttt_chunk=16)
+    assert len(story) > 10 and scorer.updates == ADAPT["ttt_epochs"], "only the first window is that long"
+
+
 def test_frozen_blocks_stay_and_the_others_adapt(tokens):
     config = tiny_config(**ADAPT, ttt_freeze="a")
     model = tiny_model(config)
