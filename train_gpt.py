@@ -21,6 +21,7 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -236,15 +237,14 @@ class Config(Stored):
         return {f.name: getattr(self, f.name) for f in fields(Stored)}
 
 
-# Only a plan and its blocks: what the published systems leave out, at sizes beyond 16 MB.
-BARE = dict(
-    skips="none", pass_scales=False, q_gain=0.0, xsa_passes="none", ve_passes="none", smear=False, bigram_buckets=0,
-    mlp_mult=4.0, average="none", score_mode="plain", byte_limit=0,
-)  # fmt: skip
+# What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
+LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
+PLAIN = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
+BARE = PLAIN | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
-    weight_decay=0.0, table_lr=0.2,
+    table_lr=0.2,
 )  # fmt: skip
 RECIPES = {
     "4b7l": {},
@@ -254,16 +254,13 @@ RECIPES = {
         final_lr=0.02, average="none", score_mode="sliding", score_tokens=65536, score_batch=16, ttt_chunk=8192,
         ttt_batch=4, data_path="data/local", checkpoint_every_s=30.0, calibration_tokens=32768,
     ),
-    "frontier": dict(
+    "frontier": LEAN | dict(
         plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
-        mlp_mult=4.0, ve_passes="none", smear=False, bigram_buckets=0, batch_tokens=786432,
-        data_path="data/fineweb_sp8192",
+        mlp_mult=4.0, batch_tokens=786432, data_path="data/fineweb_sp8192",
     ),
-    "baseline9": dict(
-        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, xsa_passes="none",
-        ve_passes="none", smear=False, bigram_buckets=0, matrix_lr=0.04, table_lr=0.05, vector_lr=0.04, momentum=0.95,
-        momentum_warmup=0.036, weight_decay=0.0, grad_clip=0.0, warmdown=0.087, average="none", edge_bits=8,
-        score_mode="plain",
+    "baseline9": PLAIN | dict(
+        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, matrix_lr=0.04,
+        table_lr=0.05, vector_lr=0.04, momentum=0.95, momentum_warmup=0.036, grad_clip=0.0, warmdown=0.087, edge_bits=8,
     ),
     "recursive_d20": RECURSIVE,
     "looped_s20": RECURSIVE | dict(
@@ -995,10 +992,10 @@ class Reach(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP of one physical block; everything else that a pass needs comes in as an argument."""
 
-    def __init__(self, config: Config, dtype: torch.dtype):
+    def __init__(self, config: Config, dtype: torch.dtype, span: int):
         super().__init__()
         D, K = config.model_dim, config.head_dim
-        self.config, self.head_dim = config, K
+        self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
         self.out = Linear(self.heads * K, (D,), dtype)
@@ -1052,7 +1049,7 @@ class Block(nn.Module):
         q, k = rotate(q, reach.cos[-T:], reach.sin[-T:]), rotate(k, reach.cos, reach.sin)
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attend(q, k, v, reach.window, reach.docs)
+        y = attend(q, k, v, min(reach.window, self.span), reach.docs)
         if is_xsa:  # exclusive self attention: nothing along a position's own value
             y = y.view(B, T, self.kv_heads, -1, self.head_dim)
             unit = F.normalize(own, dim=-1).unsqueeze(3)
@@ -1074,9 +1071,8 @@ class Cache:
     def length(self) -> int:
         return self.kept[0][0].shape[1] if self.kept else 0
 
-    def keep(self, tokens: Tensor, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.tokens = tokens[:, -self.window - 1 :]
-        self.kept = {slot: tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in kept[slot]) for slot in kept}
+    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
@@ -1101,7 +1097,9 @@ class LoopedGPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         if not config.tied:
             self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
-        self.blocks = nn.ModuleDict({name: Block(config, dtype) for name in self.plan.names})
+        kinds = itertools.cycle(config.windows or "L")
+        spans = [MOST if kind == "L" else (config.seq_len + 1) // 2 for _, kind in zip(self.plan.names, kinds)]
+        self.blocks = nn.ModuleDict({name: Block(config, dtype, span) for name, span in zip(self.plan.names, spans)})
         self.mixes = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
         self.scales = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
         self.adapters = nn.Parameter(torch.empty(P, 2, D, config.adapter_rank)) if config.adapter_rank else None
@@ -1216,19 +1214,13 @@ class LoopedGPT(nn.Module):
         start = tokens.new_full((len(tokens), 2), config.bos_id)
         seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
         docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
-        window, turns = cache.window if cache else config.seq_len, self.rotary(past + T, tokens.device)
-        short = min(window, (config.seq_len + 1) // 2)
-        reaches = {"L": Reach(*turns, window, docs), "S": Reach(*turns, short, docs)}
+        reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
         x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
         value = self.value_out(self.value(tokens)) if self.value_rows else None
         n_skips = len(passes) // 2 if config.skips == "unet" else 0
         run_block = Block.forward if watch else self.run_block
-        entered, pushed, kept = {}, [], {}
-
-        def row(table: Tensor | None, slot: int) -> Tensor | None:
-            return None if table is None else table[slot]
-
+        entered, pushed = {}, []
         for index, p in enumerate(passes):
             with torch.no_grad() if 0 < config.bptt <= p.left else contextlib.nullcontext():
                 entered |= dict.fromkeys(p.enter, x)
@@ -1237,13 +1229,13 @@ class LoopedGPT(nn.Module):
                     x = self.inject[str(group)](torch.cat((e, x), -1)) if self.inject else x + e
                 if n_skips <= index < 2 * n_skips:
                     x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
-                at = self.value_rows.get(p.slot)
-                reach = reaches[self.reach_kind(p.block)]
-                x, pair = run_block(
-                    self.blocks[name := self.plan.names[p.block]], x, x0, row(self.mixes, p.slot),
-                    row(self.scales, p.slot), row(self.adapters, p.slot),
-                    None if at is None else self.value_scales[at].to(x.dtype) * value, p.slot in self.xsa, reach,
-                    cache.kept.get(slots[index]) if cache else None, cache is not None, lora.get(name, {}),
+                tables = (t if t is None else t[p.slot] for t in (self.mixes, self.scales, self.adapters))
+                row = self.value_rows.get(p.slot)
+                keeps = cache is not None and slots[index] not in slots[index + 1 :]  # the last pass that shares it
+                x, kept = run_block(
+                    self.blocks[name := self.plan.names[p.block]], x, x0, *tables,
+                    None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
+                    cache.kept.get(slots[index]) if cache else None, keeps, lora.get(name, {}),
                 )  # fmt: skip
                 if watch:
                     x = watch(p, x)
@@ -1251,10 +1243,10 @@ class LoopedGPT(nn.Module):
                     x = rms_norm(x, self.norms.get("loop"))
                 if index < n_skips:
                     pushed.append(x)
-                if cache:
-                    kept[slots[index]] = pair
+                if keeps:
+                    cache.keep(slots[index], kept)
         if cache:
-            cache.keep(seen, kept)
+            cache.tokens = seen[:, -cache.window - 1 :]
         return rms_norm(x, self.norms.get("final"))
 
     @property
@@ -1263,10 +1255,6 @@ class LoopedGPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         return softcap_logits(x, self.head, self.config.softcap)
-
-    def reach_kind(self, block: int) -> str:
-        kinds = self.config.windows or "L"
-        return kinds[block % len(kinds)]
 
     def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
         return self.run_loss(self.forward(tokens, depth), self.head, targets, self.config.softcap)
@@ -1285,15 +1273,16 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
     with torch.device("meta"):
         model = LoopedGPT(config)
     D, T = config.model_dim, config.seq_len
-    block = sum(m.weight.numel() for m in model.blocks[model.plan.names[0]].children())
+    blocks = list(model.blocks.values())
+    block = sum(m.weight.numel() for m in blocks[0].children())
     once = sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel()
 
     def cost(r: int) -> float:
         total = 6 * once
         for p in model.plan.passes(r, config.rows):
-            window = T if model.reach_kind(p.block) == "L" else T / 2
+            reach = min(T, blocks[p.block].span)
             weights = block + 2 * D * (config.adapter_rank + D * len(p.inject) * bool(model.inject))
-            total += 6 * weights + 12 * D * (window - window**2 / (2 * T))
+            total += 6 * weights + 12 * D * (reach - reach**2 / (2 * T))
         return total
 
     once_more = cost(2) - cost(1)
@@ -1429,7 +1418,7 @@ class Optimizers:
     def step(self, settings: Settings) -> None:
         for optimizer in self.all.values():
             for group in optimizer.param_groups:
-                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)
+                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)  # Adam has its own
             optimizer.step()
         self.latents.flat_grad.zero_()
         self.latents.publish()
