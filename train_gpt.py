@@ -21,7 +21,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -73,7 +72,7 @@ class Stored:
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
     depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
-    max_r: int = 0  # most repetitions that are sampled and that have rows in the per-pass tables (0 = depth)
+    max_r: int = 0  # most repetitions that are sampled and have rows in the per-pass tables; at least depth
     bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
     score_depth: int = 0  # repetitions while scoring (0 = depth)
     skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
@@ -207,7 +206,6 @@ class Config(Stored):
             ("skips", self.skips == "unet" and plan.is_variable, "needs a plan without *r; use --skips none"),
             ("plan", most > 512, f"has {most} passes, at most 512 are built"),
             ("sample_depth", self.sample_depth and not plan.is_variable, "needs a plan with *r"),
-            ("max_r", self.sample_depth and self.max_r < self.depth, f"must be at least depth={self.depth}"),
             ("windows", set(self.windows) - set("LS"), "is made of the letters L and S"),
             ("ttt_freeze", set(self.ttt_freeze) - set(plan.names), f"the plan has only the blocks {plan.names}"),
         ):
@@ -744,7 +742,7 @@ def draw_depths(config: Config, key, count: int) -> np.ndarray:
     """r as training samples it: its mean is about depth + 1, and the same key draws the same on every rank."""
     generator = np.random.default_rng(key)
     rates = generator.lognormal(math.log(config.depth) - 0.125, 0.5, count)  # of mean depth
-    return np.minimum(1 + generator.poisson(rates), config.max_r)
+    return np.minimum(1 + generator.poisson(rates), config.rows)
 
 
 def expect_depth(config: Config, most: int = 0) -> float:
@@ -980,6 +978,11 @@ class Linear(nn.Module):
         return y if lora is None else y + x @ lora[0].to(x.dtype) @ lora[1].to(x.dtype)
 
 
+def vector(*shape: int) -> nn.Parameter | None:
+    """float32 whatever the matrices are; None where there is nothing of it."""
+    return nn.Parameter(torch.empty(shape)) if all(shape) else None
+
+
 class Reach(NamedTuple):
     """How far a forward looks: rotations for all positions in sight, the attention window, documents if they matter."""
 
@@ -1001,9 +1004,8 @@ class Block(nn.Module):
         self.out = Linear(self.heads * K, (D,), dtype)
         self.up = Linear(D, (config.mlp_dim,) * (2 if config.mlp == "swiglu" else 1), dtype)
         self.down = Linear(config.mlp_dim, (D,), dtype)
-        self.q_gain = nn.Parameter(torch.empty(self.heads)) if config.q_gain else None
-        n_norms = 4 if config.block_norm == "sandwich" else 2
-        self.norms = nn.Parameter(torch.empty(n_norms, D)) if config.norm_weights else None
+        self.q_gain = vector(self.heads * bool(config.q_gain))
+        self.norms = vector((4 if config.block_norm == "sandwich" else 2) * config.norm_weights, D)
 
     def forward(self, x, x0, mix, scale, adapter, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
         """x, x0 (B, T, D); mix, scale (2, D) and adapter (2, D, R), or None; value: added to the values, or None; past:
@@ -1097,27 +1099,24 @@ class LoopedGPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         if not config.tied:
             self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
-        kinds = itertools.cycle(config.windows or "L")
-        spans = [MOST if kind == "L" else (config.seq_len + 1) // 2 for _, kind in zip(self.plan.names, kinds)]
-        self.blocks = nn.ModuleDict({name: Block(config, dtype, span) for name, span in zip(self.plan.names, spans)})
-        self.mixes = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
-        self.scales = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
-        self.adapters = nn.Parameter(torch.empty(P, 2, D, config.adapter_rank)) if config.adapter_rank else None
-        if config.skips == "unet":
-            self.skips = nn.Parameter(torch.empty(P // 2, D))
-        if config.smear:
-            self.smear_gate = nn.Parameter(torch.empty(D))
+        spans = [(config.seq_len + 1) // 2 if kind == "S" else MOST for kind in config.windows or "L"]
+        names = enumerate(self.plan.names)
+        self.blocks = nn.ModuleDict({name: Block(config, dtype, spans[i % len(spans)]) for i, name in names})
+        self.mixes, self.scales = vector(P * config.pass_scales, 2, D), vector(P * config.pass_scales, 2, D)
+        self.adapters = vector(P, 2, D, config.adapter_rank)
+        self.skips = vector(P // 2 * (config.skips == "unet"), D)
+        self.smear_gate = vector(D * config.smear)
         if config.bigram_buckets:
             self.bigram = nn.Embedding(config.bigram_buckets, config.bigram_dim, dtype=dtype)
             self.bigram_out = Linear(config.bigram_dim, (D,), dtype)
         if self.value_rows:
             self.value = nn.Embedding(config.vocab_size, config.ve_dim, dtype=dtype)
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
-            self.value_scales = nn.Parameter(torch.empty(len(self.value_rows)))
+        self.value_scales = vector(len(self.value_rows))
         mixed = self.plan.injected if config.inject == "concat" else ()
         self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in mixed})
         normed = ["embed"] * config.embed_norm + ["loop"] * ("~" in config.plan) + ["final"]
-        self.norms = nn.ParameterDict({n: torch.empty(D) for n in normed if config.norm_weights})
+        self.norms = nn.ParameterDict({name: vector(D) for name in normed if config.norm_weights})
 
         def compiled(function, *modes: str):
             return torch.compile(function, dynamic=False) if compile_mode in modes else function
@@ -2032,7 +2031,7 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     batch = split_span(
         torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
     )
-    depths = {1, config.max_r} if config.sample_depth else {config.depth}
+    depths = {1, config.rows} if config.sample_depth else {config.depth}
     for depth in sorted(depths | ({0} if config.loop_start else set())):
         train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
     optim.load(before)

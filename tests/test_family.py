@@ -132,9 +132,11 @@ def mean_by_quadrature(config, most: int) -> float:
     return total / weight
 
 
-@pytest.mark.parametrize("depth, max_r", [(4, 16), (2, 3), (1, 8)])
+@pytest.mark.parametrize("depth, max_r", [(4, 16), (2, 3), (1, 8), (3, 0)])
 def test_the_mean_depth_is_that_of_the_distribution(depth, max_r):
+    """max_r is at least depth, so 0 cuts there."""
     config = tiny_config(**LOOP | dict(depth=depth, max_r=max_r, sample_depth=True))
+    max_r = max(max_r, depth)
     assert expect_depth(config) == pytest.approx(mean_by_quadrature(config, max_r), abs=0.02)
     assert expect_depth(config, 2) == pytest.approx(mean_by_quadrature(config, min(2, max_r)), abs=0.02)
     drawn = [settings_at(config, 0.5, step).depth for step in range(4000)]
@@ -157,8 +159,7 @@ def test_ranks_and_resumed_runs_draw_the_same_depth():
 
 
 @pytest.mark.parametrize("changes, name", [
-    (dict(sample_depth=True, max_r=8), "sample_depth"), (dict(LOOP, sample_depth=True), "max_r"),
-    (dict(LOOP, max_r=1, sample_depth=True), "max_r"), (dict(windows="LX"), "windows"), (dict(mlp="gelu"), "mlp"),
+    (dict(sample_depth=True, max_r=8), "sample_depth"), (dict(windows="LX"), "windows"), (dict(mlp="gelu"), "mlp"),
     (dict(inject="sum"), "inject"), (dict(optimizer="lino"), "lion"), (dict(LOOP, score_depth=257), "score_depth"),
     (dict(LOOP, depth=200, plan="(abc)*r"), "600"), (dict(LOOP, score_depth=200, plan="(abc)*r"), "600"),
 ])  # fmt: skip
