@@ -15,7 +15,6 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import functools
@@ -1221,7 +1220,7 @@ class LoopedGPT(nn.Module):
         run_block = Block.forward if watch else self.run_block
         entered, pushed = {}, []
         for index, p in enumerate(passes):
-            with torch.no_grad() if 0 < config.bptt <= p.left else contextlib.nullcontext():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not 0 < config.bptt <= p.left):
                 entered |= dict.fromkeys(p.enter, x)
                 for group in p.inject:
                     e = entered[group]
@@ -1272,21 +1271,15 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
     with torch.device("meta"):
         model = LoopedGPT(config)
     D, T = config.model_dim, config.seq_len
-    blocks = list(model.blocks.values())
-    block = sum(m.weight.numel() for m in blocks[0].children())
-    once = sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel()
-
-    def cost(r: int) -> float:
-        total = 6 * once
-        for p in model.plan.passes(r, config.rows):
-            reach = min(T, blocks[p.block].span)
-            weights = block + 2 * D * (config.adapter_rank + D * len(p.inject) * bool(model.inject))
-            total += 6 * weights + 12 * D * (reach - reach**2 / (2 * T))
-        return total
-
-    once_more = cost(2) - cost(1)
-    idle = depth - (depth if learned is None else learned)
-    return int(cost(1) + (depth - 1 - idle * 2 / 3) * once_more)
+    weighed = depth if learned is None else learned + (depth - learned) / 3
+    total = 6.0 * (sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel())
+    for p in model.plan.passes(1, config.rows):
+        block = model.blocks[model.plan.names[p.block]]
+        weights = sum(m.weight.numel() for m in block.children()) + 2 * D * config.adapter_rank
+        weights += 2 * D * D * len(p.inject) * bool(model.inject)
+        reach = min(T, block.span)
+        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
+    return int(total)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
