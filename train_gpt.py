@@ -15,7 +15,6 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import functools
@@ -72,7 +71,7 @@ class Stored:
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
     depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
-    max_r: int = 0  # most repetitions that are sampled and that have rows in the per-pass tables (0 = depth)
+    max_r: int = 0  # most repetitions that are sampled and have rows in the per-pass tables; at least depth
     bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
     score_depth: int = 0  # repetitions while scoring (0 = depth)
     skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
@@ -206,7 +205,6 @@ class Config(Stored):
             ("skips", self.skips == "unet" and plan.is_variable, "needs a plan without *r; use --skips none"),
             ("plan", most > 512, f"has {most} passes, at most 512 are built"),
             ("sample_depth", self.sample_depth and not plan.is_variable, "needs a plan with *r"),
-            ("max_r", self.sample_depth and self.max_r < self.depth, f"must be at least depth={self.depth}"),
             ("windows", set(self.windows) - set("LS"), "is made of the letters L and S"),
             ("ttt_freeze", set(self.ttt_freeze) - set(plan.names), f"the plan has only the blocks {plan.names}"),
         ):
@@ -236,15 +234,14 @@ class Config(Stored):
         return {f.name: getattr(self, f.name) for f in fields(Stored)}
 
 
-# Only a plan and its blocks: what the published systems leave out, at sizes beyond 16 MB.
-BARE = dict(
-    skips="none", pass_scales=False, q_gain=0.0, xsa_passes="none", ve_passes="none", smear=False, bigram_buckets=0,
-    mlp_mult=4.0, average="none", score_mode="plain", byte_limit=0,
-)  # fmt: skip
+# What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
+LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
+PLAIN = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
+BARE = PLAIN | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
-    weight_decay=0.0, table_lr=0.2,
+    table_lr=0.2,
 )  # fmt: skip
 RECIPES = {
     "4b7l": {},
@@ -255,16 +252,13 @@ RECIPES = {
         ttt_chunk=8192, ttt_batch=4, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
         calibration_tokens=32768,
     ),
-    "frontier": dict(
+    "frontier": LEAN | dict(
         plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
-        mlp_mult=4.0, ve_passes="none", smear=False, bigram_buckets=0, batch_tokens=786432,
-        data_path="data/fineweb_sp8192",
+        mlp_mult=4.0, batch_tokens=786432, data_path="data/fineweb_sp8192",
     ),
-    "baseline9": dict(
-        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, xsa_passes="none",
-        ve_passes="none", smear=False, bigram_buckets=0, matrix_lr=0.04, table_lr=0.05, vector_lr=0.04, momentum=0.95,
-        momentum_warmup=0.036, weight_decay=0.0, grad_clip=0.0, warmdown=0.087, average="none", edge_bits=8,
-        score_mode="plain",
+    "baseline9": PLAIN | dict(
+        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, matrix_lr=0.04,
+        table_lr=0.05, vector_lr=0.04, momentum=0.95, momentum_warmup=0.036, grad_clip=0.0, warmdown=0.087, edge_bits=8,
     ),
     "recursive_d20": RECURSIVE,
     "looped_s20": RECURSIVE | dict(
@@ -748,7 +742,7 @@ def draw_depths(config: Config, key, count: int) -> np.ndarray:
     """r as training samples it: its mean is about depth + 1, and the same key draws the same on every rank."""
     generator = np.random.default_rng(key)
     rates = generator.lognormal(math.log(config.depth) - 0.125, 0.5, count)  # of mean depth
-    return np.minimum(1 + generator.poisson(rates), config.max_r)
+    return np.minimum(1 + generator.poisson(rates), config.rows)
 
 
 def expect_depth(config: Config, most: int = 0) -> float:
@@ -984,6 +978,11 @@ class Linear(nn.Module):
         return y if lora is None else y + x @ lora[0].to(x.dtype) @ lora[1].to(x.dtype)
 
 
+def vector(*shape: int) -> nn.Parameter | None:
+    """float32 whatever the matrices are; None where there is nothing of it."""
+    return nn.Parameter(torch.empty(shape)) if all(shape) else None
+
+
 class Reach(NamedTuple):
     """How far a forward looks: rotations for all positions in sight, the attention window, documents if they matter."""
 
@@ -996,18 +995,17 @@ class Reach(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP of one physical block; everything else that a pass needs comes in as an argument."""
 
-    def __init__(self, config: Config, dtype: torch.dtype):
+    def __init__(self, config: Config, dtype: torch.dtype, span: int):
         super().__init__()
         D, K = config.model_dim, config.head_dim
-        self.config, self.head_dim = config, K
+        self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
         self.out = Linear(self.heads * K, (D,), dtype)
         self.up = Linear(D, (config.mlp_dim,) * (2 if config.mlp == "swiglu" else 1), dtype)
         self.down = Linear(config.mlp_dim, (D,), dtype)
-        self.q_gain = nn.Parameter(torch.empty(self.heads)) if config.q_gain else None
-        n_norms = 4 if config.block_norm == "sandwich" else 2
-        self.norms = nn.Parameter(torch.empty(n_norms, D)) if config.norm_weights else None
+        self.q_gain = vector(self.heads * bool(config.q_gain))
+        self.norms = vector((4 if config.block_norm == "sandwich" else 2) * config.norm_weights, D)
 
     def forward(self, x, x0, mix, scale, adapter, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
         """x, x0 (B, T, D); mix, scale (2, D) and adapter (2, D, R), or None; value: added to the values, or None; past:
@@ -1053,7 +1051,7 @@ class Block(nn.Module):
         q, k = rotate(q, reach.cos[-T:], reach.sin[-T:]), rotate(k, reach.cos, reach.sin)
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attend(q, k, v, reach.window, reach.docs)
+        y = attend(q, k, v, min(reach.window, self.span), reach.docs)
         if is_xsa:  # exclusive self attention: nothing along a position's own value
             y = y.view(B, T, self.kv_heads, -1, self.head_dim)
             unit = F.normalize(own, dim=-1).unsqueeze(3)
@@ -1075,9 +1073,8 @@ class Cache:
     def length(self) -> int:
         return self.kept[0][0].shape[1] if self.kept else 0
 
-    def keep(self, tokens: Tensor, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.tokens = tokens[:, -self.window - 1 :]
-        self.kept = {slot: tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in kept[slot]) for slot in kept}
+    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
@@ -1102,25 +1099,24 @@ class LoopedGPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         if not config.tied:
             self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
-        self.blocks = nn.ModuleDict({name: Block(config, dtype) for name in self.plan.names})
-        self.mixes = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
-        self.scales = nn.Parameter(torch.empty(P, 2, D)) if config.pass_scales else None
-        self.adapters = nn.Parameter(torch.empty(P, 2, D, config.adapter_rank)) if config.adapter_rank else None
-        if config.skips == "unet":
-            self.skips = nn.Parameter(torch.empty(P // 2, D))
-        if config.smear:
-            self.smear_gate = nn.Parameter(torch.empty(D))
+        spans = [(config.seq_len + 1) // 2 if kind == "S" else MOST for kind in config.windows or "L"]
+        names = enumerate(self.plan.names)
+        self.blocks = nn.ModuleDict({name: Block(config, dtype, spans[i % len(spans)]) for i, name in names})
+        self.mixes, self.scales = vector(P * config.pass_scales, 2, D), vector(P * config.pass_scales, 2, D)
+        self.adapters = vector(P, 2, D, config.adapter_rank)
+        self.skips = vector(P // 2 * (config.skips == "unet"), D)
+        self.smear_gate = vector(D * config.smear)
         if config.bigram_buckets:
             self.bigram = nn.Embedding(config.bigram_buckets, config.bigram_dim, dtype=dtype)
             self.bigram_out = Linear(config.bigram_dim, (D,), dtype)
         if self.value_rows:
             self.value = nn.Embedding(config.vocab_size, config.ve_dim, dtype=dtype)
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
-            self.value_scales = nn.Parameter(torch.empty(len(self.value_rows)))
+        self.value_scales = vector(len(self.value_rows))
         mixed = self.plan.injected if config.inject == "concat" else ()
         self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in mixed})
         normed = ["embed"] * config.embed_norm + ["loop"] * ("~" in config.plan) + ["final"]
-        self.norms = nn.ParameterDict({n: torch.empty(D) for n in normed if config.norm_weights})
+        self.norms = nn.ParameterDict({name: vector(D) for name in normed if config.norm_weights})
 
         def compiled(function, *modes: str):
             return torch.compile(function, dynamic=False) if compile_mode in modes else function
@@ -1217,34 +1213,28 @@ class LoopedGPT(nn.Module):
         start = tokens.new_full((len(tokens), 2), config.bos_id)
         seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
         docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
-        window, turns = cache.window if cache else config.seq_len, self.rotary(past + T, tokens.device)
-        short = min(window, (config.seq_len + 1) // 2)
-        reaches = {"L": Reach(*turns, window, docs), "S": Reach(*turns, short, docs)}
+        reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
         x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
         value = self.value_out(self.value(tokens)) if self.value_rows else None
         n_skips = len(passes) // 2 if config.skips == "unet" else 0
         run_block = Block.forward if watch else self.run_block
-        entered, pushed, kept = {}, [], {}
-
-        def row(table: Tensor | None, slot: int) -> Tensor | None:
-            return None if table is None else table[slot]
-
+        entered, pushed = {}, []
         for index, p in enumerate(passes):
-            with torch.no_grad() if 0 < config.bptt <= p.left else contextlib.nullcontext():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not 0 < config.bptt <= p.left):
                 entered |= dict.fromkeys(p.enter, x)
                 for group in p.inject:
                     e = entered[group]
                     x = self.inject[str(group)](torch.cat((e, x), -1)) if self.inject else x + e
                 if n_skips <= index < 2 * n_skips:
                     x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
-                at = self.value_rows.get(p.slot)
-                reach = reaches[self.reach_kind(p.block)]
-                x, pair = run_block(
-                    self.blocks[name := self.plan.names[p.block]], x, x0, row(self.mixes, p.slot),
-                    row(self.scales, p.slot), row(self.adapters, p.slot),
-                    None if at is None else self.value_scales[at].to(x.dtype) * value, p.slot in self.xsa, reach,
-                    cache.kept.get(slots[index]) if cache else None, cache is not None, lora.get(name, {}),
+                tables = (t if t is None else t[p.slot] for t in (self.mixes, self.scales, self.adapters))
+                row = self.value_rows.get(p.slot)
+                keeps = cache is not None and slots[index] not in slots[index + 1 :]  # the last pass that shares it
+                x, kept = run_block(
+                    self.blocks[name := self.plan.names[p.block]], x, x0, *tables,
+                    None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
+                    cache.kept.get(slots[index]) if cache else None, keeps, lora.get(name, {}),
                 )  # fmt: skip
                 if watch:
                     x = watch(p, x)
@@ -1252,10 +1242,10 @@ class LoopedGPT(nn.Module):
                     x = rms_norm(x, self.norms.get("loop"))
                 if index < n_skips:
                     pushed.append(x)
-                if cache:
-                    kept[slots[index]] = pair
+                if keeps:
+                    cache.keep(slots[index], kept)
         if cache:
-            cache.keep(seen, kept)
+            cache.tokens = seen[:, -cache.window - 1 :]
         return rms_norm(x, self.norms.get("final"))
 
     @property
@@ -1264,10 +1254,6 @@ class LoopedGPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         return softcap_logits(x, self.head, self.config.softcap)
-
-    def reach_kind(self, block: int) -> str:
-        kinds = self.config.windows or "L"
-        return kinds[block % len(kinds)]
 
     def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
         return self.run_loss(self.forward(tokens, depth), self.head, targets, self.config.softcap)
@@ -1286,20 +1272,15 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
     with torch.device("meta"):
         model = LoopedGPT(config)
     D, T = config.model_dim, config.seq_len
-    block = sum(m.weight.numel() for m in model.blocks[model.plan.names[0]].children())
-    once = sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel()
-
-    def cost(r: int) -> float:
-        total = 6 * once
-        for p in model.plan.passes(r, config.rows):
-            window = T if model.reach_kind(p.block) == "L" else T / 2
-            weights = block + 2 * D * (config.adapter_rank + D * len(p.inject) * bool(model.inject))
-            total += 6 * weights + 12 * D * (window - window**2 / (2 * T))
-        return total
-
-    once_more = cost(2) - cost(1)
-    idle = depth - (depth if learned is None else learned)
-    return int(cost(1) + (depth - 1 - idle * 2 / 3) * once_more)
+    weighed = depth if learned is None else learned + (depth - learned) / 3
+    total = 6.0 * (sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel())
+    for p in model.plan.passes(1, config.rows):
+        block = model.blocks[model.plan.names[p.block]]
+        weights = sum(m.weight.numel() for m in block.children()) + 2 * D * config.adapter_rank
+        weights += 2 * D * D * len(p.inject) * bool(model.inject)
+        reach = min(T, block.span)
+        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
+    return int(total)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1430,7 +1411,7 @@ class Optimizers:
     def step(self, settings: Settings) -> None:
         for optimizer in self.all.values():
             for group in optimizer.param_groups:
-                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)
+                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)  # Adam has its own
             optimizer.step()
         self.latents.flat_grad.zero_()
         self.latents.publish()
@@ -2050,7 +2031,7 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     batch = split_span(
         torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
     )
-    depths = {1, config.max_r} if config.sample_depth else {config.depth}
+    depths = {1, config.rows} if config.sample_depth else {config.depth}
     for depth in sorted(depths | ({0} if config.loop_start else set())):
         train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
     optim.load(before)

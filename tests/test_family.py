@@ -132,9 +132,11 @@ def mean_by_quadrature(config, most: int) -> float:
     return total / weight
 
 
-@pytest.mark.parametrize("depth, max_r", [(4, 16), (2, 3), (1, 8)])
+@pytest.mark.parametrize("depth, max_r", [(4, 16), (2, 3), (1, 8), (3, 0)])
 def test_the_mean_depth_is_that_of_the_distribution(depth, max_r):
+    """max_r is at least depth, so 0 cuts there."""
     config = tiny_config(**LOOP | dict(depth=depth, max_r=max_r, sample_depth=True))
+    max_r = max(max_r, depth)
     assert expect_depth(config) == pytest.approx(mean_by_quadrature(config, max_r), abs=0.02)
     assert expect_depth(config, 2) == pytest.approx(mean_by_quadrature(config, min(2, max_r)), abs=0.02)
     drawn = [settings_at(config, 0.5, step).depth for step in range(4000)]
@@ -157,8 +159,7 @@ def test_ranks_and_resumed_runs_draw_the_same_depth():
 
 
 @pytest.mark.parametrize("changes, name", [
-    (dict(sample_depth=True, max_r=8), "sample_depth"), (dict(LOOP, sample_depth=True), "max_r"),
-    (dict(LOOP, max_r=1, sample_depth=True), "max_r"), (dict(windows="LX"), "windows"), (dict(mlp="gelu"), "mlp"),
+    (dict(sample_depth=True, max_r=8), "sample_depth"), (dict(windows="LX"), "windows"), (dict(mlp="gelu"), "mlp"),
     (dict(inject="sum"), "inject"), (dict(optimizer="lino"), "lion"), (dict(LOOP, score_depth=257), "score_depth"),
     (dict(LOOP, depth=200, plan="(abc)*r"), "600"), (dict(LOOP, score_depth=200, plan="(abc)*r"), "600"),
 ])  # fmt: skip
@@ -367,3 +368,48 @@ def test_telemetry_measures_repetitions_before_the_norm(dataset, capsys):
     cosines = [(ups[0] @ up / ups[0].norm() / up.norm()).item() for up in ups[1:]]
     assert [float(v) for v in line["adapter_cosines"].split(",")] == pytest.approx(cosines, abs=1e-3)
     assert norm(rms[1]).square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts what torch.compile traces; the graphs then run as they are, which is as good here and much faster."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_as_ever = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_as_ever(f, backend="eager", **kwargs))
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(norm_weights=True, block_norm="sandwich", windows="LS", adapter_rank=2, plan="ab(^cd~~)*re"),
+    dict(plan="ab(cd)*re", pass_scales=False, **BARE),
+])  # fmt: skip
+def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
+    config = tiny_config(**LOOP | dict(sample_depth=True, max_r=8, bptt=2, loop_start=0.5, xsa_passes="none") | changes)
+    plain, model = tiny_model(config), train_gpt.LoopedGPT(config, compile_mode="block")
+    model.load_state_dict(plain.state_dict())
+    latents = train_gpt.Latents(model)
+    optim, ctx = train_gpt.Optimizers(model, latents, config, tiny_context()), tiny_context()
+    train_gpt.warm_up(model, optim, config, ctx)
+    warm = graphs()
+    batch = train_gpt.split_span(draw_tokens(config, 129), config, ctx)
+    for depth in range(9):
+        assert torch.allclose(model(batch[0], depth), plain(batch[0], depth), atol=1e-4)
+        train_gpt.train_step(model, optim, batch, train_gpt.Settings(0.0, 0.9, depth), config, ctx)
+    assert graphs() == warm > 0
+
+
+@pytest.mark.parametrize("changes", [
+    dict(plan="ab(^cd~~)*re", norm_weights=True, block_norm="sandwich", windows="LS", bptt=1, tied=False),
+    dict(plan="(ab~)*3", adapter_rank=2, norm_weights=True, embed_norm=False, mlp="swiglu", pass_scales=False, q_gain=0.0),
+])  # fmt: skip
+def test_the_whole_graph_is_the_model(changes, graphs):
+    config = tiny_config(**dict(skips="none", depth=3) | changes)
+    plain, model = tiny_model(config), train_gpt.LoopedGPT(config, compile_mode="full")
+    model.load_state_dict(plain.state_dict())
+    tokens = draw_tokens(config, 20)[None]
+    found, expected = gradients(model, tokens), gradients(plain, tokens)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert graphs() == 1
