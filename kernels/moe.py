@@ -19,34 +19,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# An op of our own around the library's: that one has no shape for float32, which torch.compile asks for. The schema is
-# written out because packing strips hints.
-@torch.library.custom_op(
-    "loopgolf::grouped_mm", mutates_args=(), schema="(Tensor left, Tensor right, Tensor ends) -> Tensor"
-)
-def grouped_mm(left, right, ends):
-    """Group e is the R rows from ends[e - 1] to ends[e]. left (R, I) and right (E, I, O): (R, O), each row times its
-    group's matrix. left (I, R) and right (R, O): (E, I, O), the products of each group's rows alone."""
-    return F.grouped_mm(left, right, offs=ends)
+def build_grouped_mm():
+    """An op of our own around the library's, which has no shape for float32 that torch.compile could ask for. Its
+    schema is written out because packing strips hints; it is built in a function because packing keeps that whole."""
+
+    @torch.library.custom_op(
+        "loopgolf::grouped_mm", mutates_args=(), schema="(Tensor left, Tensor right, Tensor ends) -> Tensor"
+    )
+    def grouped_mm(left, right, ends):
+        """Group e is the R rows from ends[e - 1] to ends[e]. left (R, I) and right (E, I, O): (R, O), each row times
+        its group's matrix. left (I, R) and right (R, O): (E, I, O), the products of each group's rows alone."""
+        return F.grouped_mm(left, right, offs=ends)
+
+    @grouped_mm.register_fake
+    def shape(left, right, ends):
+        groups = ends.shape if right.dim() == 2 else ()
+        return left.new_empty(*groups, len(left), right.shape[-1])
+
+    def backward(ctx, grad):
+        left, right, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        return grouped_mm(grad, right.mT, ends), grouped_mm(left.mT, grad, ends), None
+
+    def keep_factors(**given):  # PyTorch names what it hands over, and packing would shorten the names
+        given["ctx"].save_for_backward(*given["inputs"])
+
+    grouped_mm.register_autograd(backward, setup_context=keep_factors)
+    return grouped_mm
 
 
-@grouped_mm.register_fake
-def grouped_shape(left, right, ends):
-    groups = ends.shape if right.dim() == 2 else ()
-    return left.new_empty(*groups, len(left), right.shape[-1])
-
-
-def keep_factors(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def grouped_backward(ctx, grad):
-    left, right, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    return grouped_mm(grad, right.mT, ends), grouped_mm(left.mT, grad, ends), None
-
-
-grouped_mm.register_autograd(grouped_backward, setup_context=keep_factors)
+grouped_mm = build_grouped_mm()
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
