@@ -1,0 +1,181 @@
+"""The mixture of experts: batched dispatch against every expert on every token, the layer against the published
+formulas written out token by token in float64, its losses, its size, and that nothing in it waits for a device.
+
+float32 on a CPU: pytest tests/test_moe.py
+"""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from kernels.moe import MoE, balance_losses, choose, dense_ref, dispatch
+from train_gpt import Linear
+
+SHAPES = [(1, 8, 8, 1, 1), (5, 8, 16, 4, 2), (33, 16, 8, 11, 2), (64, 24, 16, 5, 3), (17, 8, 8, 3, 3)]  # N D H E top
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(D=16, H=8, E=5, top=2, loops=3, dtype=torch.float32) -> MoE:
+    moe = MoE(D, H, E, top, loops, Linear, dtype)
+    with torch.no_grad():
+        for i, p in enumerate(moe.parameters()):
+            p.copy_(0.4 * draw(*p.shape, seed=i))
+    return moe
+
+
+def choose_logits(kind: str, N: int, E: int) -> torch.Tensor:
+    logits = draw(N, E, seed=9)
+    if kind == "one expert without a token":
+        logits[:, E // 2] = -50.0
+    if kind == "all tokens on one expert":
+        logits[:, E - 1] = 5.0
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["any", "one expert without a token", "all tokens on one expert"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dispatch_equals_every_expert_on_every_token(shape, kind):
+    N, D, H, E, top = shape
+    chosen, share = choose(choose_logits(kind, N, E), top)
+    if top < E and kind != "any":
+        used = chosen.flatten().bincount(minlength=E)
+        assert (used == 0).any() if "without" in kind else used[-1] == N
+    inputs = [draw(N, D), share, draw(E, 2 * H, D, seed=1) / D**0.5, draw(E, D, H, seed=2) / H**0.5]
+    found = []
+    for run in (dispatch, dense_ref):
+        h, share, up, down = leaves = [t.clone().requires_grad_() for t in inputs]
+        y = run(h, chosen, share, up, down)
+        found.append([y, *torch.autograd.grad((y * draw(N, D, seed=3)).sum(), leaves)])
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def apply_as_published(w: dict, parts: tuple[int, ...], H: int, top: int, loop: int, h: torch.Tensor) -> torch.Tensor:
+    """One token after the other, one expert after the other; `w` holds the weights by name."""
+
+    def expert(x, gate, up, down):
+        a = gate @ x
+        return down @ (a * torch.sigmoid(a) * (up @ x))
+
+    halves, downs, out = w["up.weight"].split(parts), w["down.weight"].split(h.shape[1]), []
+    for x in h:
+        p = torch.sigmoid(w["router"] @ torch.cat((x, w["loops"][loop])))
+        y = expert(x, w["shared_up.weight"][:H], w["shared_up.weight"][H:], w["shared_down.weight"])
+        for e in p.argsort(descending=True)[:top].tolist():
+            y = y + p[e] * expert(x, halves[2 * e], halves[2 * e + 1], downs[e])
+        out.append(y)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("loop", [0, 2])
+def test_the_layer_and_every_gradient_are_those_of_the_published_formula(loop):
+    moe, h = build(), draw(2, 9, 16)
+    y, _ = moe(h.requires_grad_(), moe.loops[loop])
+    y.mul(draw(*y.shape, seed=3)).sum().backward()
+    assert all(len(part) == 8 for part in moe.up.weight.split(moe.up.parts)) and len(moe.up.parts) == 2 * 5
+    exact = {name: p.detach().double().requires_grad_() for name, p in moe.named_parameters()}
+    tokens = h.detach().double().flatten(0, 1).requires_grad_()
+    expected = apply_as_published(exact, moe.up.parts, 8, 2, loop, tokens)
+    expected.mul(draw(*y.shape, seed=3).flatten(0, 1)).sum().backward()
+    torch.testing.assert_close(y.double().flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h.grad.double().flatten(0, 1), tokens.grad, rtol=1e-5, atol=1e-5)
+    for name, p in moe.named_parameters():
+        torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=1e-5, atol=1e-5, msg=name)
+        assert p.grad.any(), name
+
+
+def test_losses_are_the_published_ones():
+    logits, E = draw(40, 6).requires_grad_(), 6
+    chosen, _ = choose(logits, 2)
+    assigned = torch.tensor([(chosen == e).sum().item() / 80 for e in range(E)])
+    probability = (logits.exp() / logits.exp().sum(1, keepdim=True)).mean(0)
+    expected = E * (assigned * probability).sum(), logits.exp().sum(1).log().pow(2).mean()
+    ours = balance_losses(logits, chosen)
+    for got, want in zip(ours, expected):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_even_routing_costs_one_and_a_collapse_as_much_as_there_are_experts():
+    even = torch.arange(12).reshape(6, 2) % 4
+    torch.testing.assert_close(balance_losses(torch.zeros(6, 4), even), torch.tensor([1.0, math.log(4) ** 2]))
+    collapsed = balance_losses(torch.tensor([[50.0, 0.0, 0.0, 0.0]] * 6), torch.zeros(6, 1, dtype=torch.long))
+    torch.testing.assert_close(collapsed[0], torch.tensor(4.0))
+
+
+def test_the_published_model_has_the_published_size():
+    D, V, blocks, loops = 1536, 65536, 3, 6
+    with torch.device("meta"):
+        moe = MoE(D, 1024, 11, 2, loops, Linear, torch.float32)
+    assert sum(p.numel() for p in moe.parameters()) == (1 + 11) * 3 * D * 1024 + 11 * 2 * D + loops * D
+    assert moe.active_weights() == (1 + 2) * 3 * D * 1024 + 11 * 2 * D
+    attention, dense, gates = 4 * D * D, 3 * D * 4096, 2
+    norms = blocks * 3 * D + 2 * D  # before attention, dense and mixture; between loops; after all
+    adapters = blocks * loops * 2 * 16 * D
+    rest = V * D + blocks * (attention + dense + gates) + norms + adapters
+    assert rest + blocks * sum(p.numel() for p in moe.parameters()) == 356_497_926
+
+
+def compute_all(moe: MoE, h: torch.Tensor, run=None) -> list[torch.Tensor]:
+    moe.zero_grad()
+    y, losses = (run or moe)(h, moe.loops[1])
+    (y.float().square().sum() + losses.sum()).backward()
+    return [y.detach(), losses.detach(), *(p.grad.clone() for p in moe.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_input_gives_the_same_bits(dtype):
+    moe, h = build(dtype=dtype), draw(4, 50, 16).to(dtype)
+    first = compute_all(moe, h)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, compute_all(moe, h)))
+    recomputed = compute_all(moe, h, lambda *args: checkpoint(moe, *args, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(first, recomputed))
+
+
+def test_a_token_does_not_depend_on_the_others():
+    moe, h = build(), draw(1, 30, 16)
+    y, _ = moe(h, moe.loops[0])
+    for t in (0, 13, 29):
+        others = draw(1, 30, 16, seed=50 + t)
+        others[:, t] = h[:, t]
+        torch.testing.assert_close(moe(others, moe.loops[0])[0][:, t], y[:, t], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moe(h[:, t], moe.loops[0])[0], y[:, t], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_reads_a_tensor_back(dtype):
+    """Tensors without values: reading one, or a shape that depends on one, raises."""
+    with FakeTensorMode():
+        moe = MoE(16, 8, 5, 2, 3, Linear, dtype)
+        found = compute_all(moe, torch.empty(2, 7, 16, dtype=dtype))
+        assert found[0].shape == (2, 7, 16) and found[1].shape == (2,)
+        with pytest.raises(DataDependentOutputException):
+            moe.router.sum().item()
+
+
+def test_one_graph_serves_all_loops():
+    moe, h = build(), draw(2, 9, 16)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda h, loop: moe(h, loop), backend=count, fullgraph=True, dynamic=False)
+    for row in moe.loops:
+        torch.testing.assert_close(compiled(h, row), moe(h, row))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("D, H, E, top", [(12, 8, 4, 2), (16, 10, 4, 2), (16, 8, 4, 5), (16, 8, 4, 0)])
+def test_sizes_that_do_not_work_are_named(D, H, E, top):
+    with pytest.raises(ValueError, match=f"dim={D} .*hidden={H} .*multiples of 8.*top={top} .*experts={E}"):
+        MoE(D, H, E, top, 1, Linear, torch.float32)
