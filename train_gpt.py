@@ -1019,18 +1019,19 @@ class Block(nn.Module):
             x = x + x @ down @ up.T
         y, kept = self.attention(self.norm(x, 0), value, is_xsa, reach, past, keep, lora.get("qkv"))
         x = self.add(x, self.out(y, lora.get("out")), scale, 0)
-        return self.add(x, self.mlp(self.norm(x, 1), lora), scale, 1), kept
+        return self.add(x, self.mlp(x, lora), scale, 1), kept
 
     def norm(self, x: Tensor, index: int) -> Tensor:
         return rms_norm(x, None if self.norms is None else self.norms[index])
 
     def add(self, x: Tensor, y: Tensor, scale: Tensor | None, part: int) -> Tensor:
-        """The stream with what attention (part 0) or the MLP (part 1) gave."""
+        """The stream with what attention (part 0) or the MLP (part 1) made of it."""
         x = x + (y if scale is None else scale[part].to(x.dtype) * y)
         return self.norm(x, 2 + part) if self.config.block_norm == "sandwich" else x
 
     def mlp(self, x: Tensor, lora: dict) -> Tensor:
-        y = self.up(x, lora.get("up"))
+        """What the MLP makes of the stream; a branch beside it, on a norm of its own, would be added here."""
+        y = self.up(self.norm(x, 1), lora.get("up"))
         if self.config.mlp == "swiglu":
             gate, y = y.chunk(2, -1)
             return self.down(F.silu(gate) * y, lora.get("down"))

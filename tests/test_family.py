@@ -234,7 +234,7 @@ def test_lion_moves_by_the_sign_of_its_mix():
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     lion = Lion([dict(params=[weight], lr=0.1, weight_decay=0.5)], dict(betas=(0.9, 0.99)))
     w, m = weight.detach().clone(), torch.zeros(3)
-    for grad in ([1.0, -1.0, 0.0], [-0.05, 2.0, 0.1], [-3.0, 0.0, -0.1]):
+    for grad in ([1.0, -1.0, 0.0], [-0.5, 2.0, 0.1], [-3.0, 0.0, -0.1]):
         weight.grad = g = torch.tensor(grad)
         lion.step()
         w = (1 - 0.1 * 0.5) * w - 0.1 * torch.sign(0.9 * m + 0.1 * g)
