@@ -49,7 +49,7 @@ def test_cached_logits_are_those_without_a_cache(predictor):
         past = row[None, : at + 1]
         again = predictor.model(past, cache=Cache(cache.window) if at >= cache.window else None)
         torch.testing.assert_close(found, predictor.model.logits(again[:, -1])[0], rtol=0, atol=1e-4)
-    assert len(cache.kept) == len(predictor.config.passes) > len(predictor.model.blocks), "a slot per pass"
+    assert len(cache.kept) == predictor.model.plan.count_passes(1) > len(predictor.model.blocks), "a slot per pass"
     assert cache.length == cache.window - 1, "the stream outgrew the window"
 
 
