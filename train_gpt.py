@@ -1340,7 +1340,7 @@ def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. Matrices of one shape form a batch, and ranks share the batch."""
+    """Momentum, orthogonalised. Matrices of one shape, either way up, form a batch, and ranks share the batch."""
 
     def __init__(self, groups: list[dict], parts: list[tuple[int, ...]], ctx: RunContext):
         super().__init__(groups, dict(lr=0.0))
@@ -1350,7 +1350,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         group = self.param_groups[0]
         lr, momentum = group["lr"], group["momentum"]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for weight, parts in zip(group["params"], self.parts):
             state = self.state[weight]
             if not state:
@@ -1359,11 +1359,14 @@ class Muon(torch.optim.Optimizer):
             update = weight.grad.add(state["momentum"], alpha=momentum)
             weight.mul_(1 - lr * group["weight_decay"])
             for target, piece in zip(weight.split(parts), update.split(parts)):
-                by_shape.setdefault(piece.shape, []).append((target, piece))
-        for (rows, columns), pairs in by_shape.items():
-            updates = self.orthogonalize_shared(torch.stack([piece for _, piece in pairs]))
-            for (target, _), update in zip(pairs, updates):
-                target.add_(update, alpha=-lr * max(1, rows / columns) ** 0.5)
+                gain = max(1, len(piece) / piece.shape[1]) ** 0.5
+                if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
+                    target, piece = target.mT, piece.mT
+                by_shape.setdefault(piece.shape, []).append((target, piece, gain))
+        for rows in by_shape.values():
+            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
+            for (target, _, gain), update in zip(rows, updates):
+                target.add_(update, alpha=-lr * gain)
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)
