@@ -18,12 +18,14 @@ test: .venv/ready
 	$(PY) -m pytest -q
 
 # on one GPU, within nine minutes: are the kernels right, how fast is a step, does a run hold together
+gpu: SHELL := bash
+gpu: .SHELLFLAGS := -o pipefail -c
 gpu: .venv/ready
 	$(PY) -m data.localtext
-	{ $(PY) -m kernels.check; \
-	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --data_path data/local; \
+	($(PY) -m kernels.check && \
+	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --micro_batch 64 && \
 	$(PY) train_gpt.py --recipe 4b7l --data_path data/local --max_wallclock_seconds 180 --batch_tokens 131072 \
-	--score_mode banded --also trained,plain --score_tokens 262144 --run_id gpu-$(shell date +%Y%m%d-%H%M%S); } 2>&1 | tee gpu.log
+	--score_mode banded --also trained,plain --run_id gpu-$(shell date +%Y%m%d-%H%M%S)) 2>&1 | tee gpu.log
 
 # the stamp is written last, so an interrupted installation starts again
 .venv/ready: requirements.txt requirements-dev.txt
