@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import bz2
 import hashlib
 import io
@@ -44,6 +45,10 @@ sys.path[0]=folder
 import train_gpt
 sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
 """
+
+
+# A word that stands for the same thing everywhere compresses better than a letter that differs from place to place.
+KEPT_LOCALS, KEPT_GLOBALS = ("config", "ctx", "model", "self"), dir(builtins)
 
 
 class PackError(Exception):
@@ -114,7 +119,7 @@ def keep_reachable(modules: dict[str, ast.Module]) -> None:
 
 def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
-    is `public` in a module, and parameters that some call of the code gives by keyword."""
+    is `public` in a module, parameters that some call of the code gives by keyword, and what is better KEPT."""
     try:
         import python_minifier
     except ImportError:
@@ -137,7 +142,8 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     )
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
-        rename_globals=not fixed, preserve_globals=sorted(public), preserve_locals=fixed,
+        rename_globals=not fixed, preserve_globals=sorted(public.union(KEPT_GLOBALS)),
+        preserve_locals=[*fixed, *KEPT_LOCALS],
     )  # fmt: skip
 
 
