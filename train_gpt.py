@@ -44,6 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.shards import DataError, find_shards, read_shard
@@ -87,6 +88,9 @@ class Stored:
     windows: str = ""  # reach of each block's attention in turn: L the context, S half of it (empty = L)
     tied: bool = True  # the head is the token embedding
     mlp: str = "relu2"  # relu2, or swiglu: a second projection gates the hidden layer
+    moe_experts: int = 0  # SwiGLU experts that tokens are sent to, beside the MLP of every block (0 = no mixture)
+    moe_hidden: int = 1024  # hidden width of an expert
+    moe_top: int = 2  # experts that each token is sent to
     num_heads: int = 32  # query heads
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
@@ -133,6 +137,7 @@ class Config(Stored):
     max_wallclock_seconds: float = 600.0  # training budget in seconds
     batch_tokens: int = 524288  # tokens in one optimizer step, over all ranks
     micro_batch: int = 0  # sequences in one forward pass of a rank; more are accumulated (0 = all)
+    checkpoint_passes: bool = False  # keep only the input of every pass and compute it again for the gradient
     matrix_lr: float = 0.02  # Muon learning rate of the matrices
     table_lr: float = 0.02  # Adam learning rate of the embedding tables
     vector_lr: float = 0.01  # Adam learning rate of gains, scales, mixes, gates and skips
@@ -196,6 +201,9 @@ class Config(Stored):
         for name, is_wrong, why in (
             ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
             ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
+            ("model_dim", self.moe_experts and self.model_dim % 8, "must be divisible by 8"),
+            ("moe_hidden", self.moe_hidden % 8, "must be divisible by 8"),
+            ("moe_top", self.moe_top > self.moe_experts > 0, f"must be at most moe_experts={self.moe_experts}"),
             ("batch_tokens", self.batch_tokens % self.seq_len, f"must be divisible by seq_len={self.seq_len}"),
             ("rope_dims", self.rope_dims % 2, "must be even"),
             ("rope_dims", self.rope_dims > self.head_dim, f"must be at most {self.head_dim}, the width of a head"),
@@ -243,6 +251,12 @@ RECURSIVE = BARE | dict(
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
     table_lr=0.2,
 )  # fmt: skip
+OSRT = BARE | dict(
+    plan="(ab~)*6", adapter_rank=16, norm_weights=True, embed_norm=False, qk_norm=False, mlp="swiglu", mlp_mult=2.7,
+    vocab_size=50304, model_dim=1280, num_heads=20, num_kv_heads=20, rope_dims=64, softcap=0.0, optimizer="lion",
+    matrix_lr=1e-4, table_lr=1e-4, vector_lr=1e-4, beta2=0.99, weight_decay=0.3, grad_clip=1.0, warmdown=1.0,
+    final_lr=0.1, batch_tokens=131072,
+)  # fmt: skip
 RECIPES = {
     "4b7l": {},
     "pocket": dict(
@@ -265,11 +279,10 @@ RECIPES = {
         plan="ab(^cdef~~)*rgh", block_norm="sandwich", norm_weights=True, windows="LLSSSLLL", warmdown=0.5,
         weight_decay=0.072, grad_clip=0.0, table_lr=0.3, vector_lr=0.005,
     ),
-    "osrt_v3": BARE | dict(
-        plan="(ab~)*6", adapter_rank=16, norm_weights=True, embed_norm=False, qk_norm=False, mlp="swiglu", mlp_mult=2.7,
-        vocab_size=50304, model_dim=1280, num_heads=20, num_kv_heads=20, rope_dims=64, softcap=0.0, optimizer="lion",
-        matrix_lr=1e-4, table_lr=1e-4, vector_lr=1e-4, beta2=0.99, weight_decay=0.3, grad_clip=1.0, warmdown=1.0,
-        final_lr=0.1, batch_tokens=131072,
+    "osrt_v3": OSRT,
+    "osrt_v4": OSRT | dict(
+        plan="(abc~)*6", mlp_mult=8 / 3, moe_experts=11, vocab_size=65536, model_dim=1536, num_heads=24,
+        num_kv_heads=24, matrix_lr=6e-4, table_lr=6e-4, vector_lr=6e-4, checkpoint_passes=True,
     ),
 }  # fmt: skip
 
@@ -296,12 +309,12 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
     (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
     (0, 256): "max_r score_depth",
     (0, 1000): "ttt_epochs",
-    (0, 65536): "adapter_rank",
+    (0, 65536): "adapter_rank moe_experts",
     (0, 2**24): "bigram_buckets",
     (0.01, 64): "mlp_mult",
     (0.1, MOST): "max_wallclock_seconds core_k edge_k embed_k table_k",
     (1, 256): "depth",
-    (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim score_batch ttt_batch lora_rank",
+    (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim moe_hidden moe_top score_batch ttt_batch lora_rank",
     (1, MOST): "rope_base batch_tokens average_every stride ttt_chunk lora_chunk log_every",
     (2, 8): "core_bits edge_bits embed_bits table_bits",
     (2, 65536): "vocab_size model_dim",
@@ -995,7 +1008,7 @@ class Reach(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP of one physical block; everything else that a pass needs comes in as an argument."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, span: int):
+    def __init__(self, config: Config, dtype: torch.dtype, span: int, loops: int):
         super().__init__()
         D, K = config.model_dim, config.head_dim
         self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
@@ -1005,12 +1018,20 @@ class Block(nn.Module):
         self.up = Linear(D, (config.mlp_dim,) * (2 if config.mlp == "swiglu" else 1), dtype)
         self.down = Linear(config.mlp_dim, (D,), dtype)
         self.q_gain = vector(self.heads * bool(config.q_gain))
-        self.norms = vector((4 if config.block_norm == "sandwich" else 2) * config.norm_weights, D)
+        has_moe = bool(config.moe_experts)
+        self.norms = vector(((4 if config.block_norm == "sandwich" else 2) + has_moe) * config.norm_weights, D)
+        self.gates = vector(2 * has_moe)  # of the MLP and of the mixture beside it
+        if has_moe:
+            try:
+                from kernels.moe import MoE  # packed only where it is asked for
+            except ImportError:
+                raise ConfigError(f"moe_experts={config.moe_experts}: pack this script --with kernels.moe") from None
+            self.moe = MoE(D, config.moe_hidden, config.moe_experts, config.moe_top, loops, Linear, dtype)
 
-    def forward(self, x, x0, mix, scale, adapter, value, is_xsa: bool, reach: Reach, past, keep: bool, lora: dict):
-        """x, x0 (B, T, D); mix, scale (2, D) and adapter (2, D, R), or None; value: added to the values, or None; past:
-        keys and values of earlier positions, or None; lora: adapters of the linear layers. Returns x and, to keep, all
-        keys and values."""
+    def forward(self, x, x0, mix, scale, adapter, loop, value, is_xsa: bool, reach: Reach, past, keep: bool, lora):
+        """x, x0 (B, T, D); mix, scale (2, D), adapter (2, D, R) and loop (D,), or None; value: added to the values, or
+        None; past: keys and values of earlier positions, or None; lora: adapters of the linear layers. Returns x; to
+        keep, all keys and values; the losses of the mixture, if there is one."""
         if mix is not None:
             mix = mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
@@ -1019,7 +1040,12 @@ class Block(nn.Module):
             x = x + x @ down @ up.T
         y, kept = self.attention(self.norm(x, 0), value, is_xsa, reach, past, keep, lora.get("qkv"))
         x = self.add(x, self.out(y, lora.get("out")), scale, 0)
-        return self.add(x, self.mlp(x, lora), scale, 1), kept
+        y, losses = self.mlp(x, lora), []
+        if loop is not None:
+            mixed, *losses = self.moe(self.norm(x, -1), loop)
+            gates = self.gates.to(x.dtype)
+            y = gates[0] * y + gates[1] * mixed
+        return self.add(x, y, scale, 1), kept, losses
 
     def norm(self, x: Tensor, index: int) -> Tensor:
         return rms_norm(x, None if self.norms is None else self.norms[index])
@@ -1094,15 +1120,17 @@ class LoopedGPT(nn.Module):
         super().__init__()
         self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
         D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
-        P = self.plan.count_passes(config.rows)
+        self.uses = [p.block for p in self.plan.passes(config.rows, config.rows)]  # block of each row of the tables
+        P = len(self.uses)
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.value_rows = {p: i for i, p in enumerate(sorted(parse_pass_set("ve_passes", config.ve_passes, P)))}
         self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         if not config.tied:
             self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
         spans = [(config.seq_len + 1) // 2 if kind == "S" else MOST for kind in config.windows or "L"]
-        names = enumerate(self.plan.names)
-        self.blocks = nn.ModuleDict({name: Block(config, dtype, spans[i % len(spans)]) for i, name in names})
+        self.blocks = nn.ModuleDict()
+        for i, name in enumerate(self.plan.names):
+            self.blocks[name] = Block(config, dtype, spans[i % len(spans)], self.uses.count(i))
         self.mixes, self.scales = vector(P * config.pass_scales, 2, D), vector(P * config.pass_scales, 2, D)
         self.adapters = vector(P, 2, D, config.adapter_rank)
         self.skips = vector(P // 2 * (config.skips == "unet"), D)
@@ -1133,9 +1161,8 @@ class LoopedGPT(nn.Module):
             return "embed" if "embed." in name else "table"
         if not isinstance(owner, Linear):
             return "vector"
-        rows = self.config.rows
-        uses = [self.plan.names[p.block] for p in self.plan.passes(rows, rows)]
-        return "core" if name.startswith("blocks.") and uses.count(name.split(".")[1]) > 1 else "edge"
+        part, letter, *_ = name.split(".")
+        return "core" if part == "blocks" and self.uses.count(self.plan.names.index(letter)) > 1 else "edge"
 
     def kind(self, name: str) -> str:
         """matrix, table or vector: which optimizer a parameter gets."""
@@ -1154,6 +1181,10 @@ class LoopedGPT(nn.Module):
                     fresh.normal_(std=tables[name], generator=generator)
                 elif name in ones or "norms" in name:
                     fresh.fill_(1.0)
+                elif name.endswith("gates"):
+                    fresh.fill_(0.5)
+                elif name.endswith(("router", "loops")):
+                    fresh.normal_(std=0.02, generator=generator)
                 elif name.endswith("q_gain"):
                     fresh.fill_(self.config.q_gain)
                 elif name.startswith("inject"):
@@ -1166,7 +1197,7 @@ class LoopedGPT(nn.Module):
                 if name == "adapters":
                     fresh[:, 0].normal_(std=0.01, generator=generator)
                 if name == "value_out.weight":
-                    fresh /= math.sqrt(2 * self.plan.count_passes(self.config.rows))
+                    fresh /= math.sqrt(2 * len(self.uses))
                 p.copy_(fresh)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -1192,6 +1223,9 @@ class LoopedGPT(nn.Module):
         return angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
 
     def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None, lora=None, watch=None):
+        return self.run(tokens, depth, cache, lora, watch)[0]
+
+    def run(self, tokens: Tensor, depth: int | None, cache: Cache | None = None, lora=None, watch=None):
         depth = self.config.score_depth or self.config.depth if depth is None else depth
         run = LoopedGPT.states if watch else self.run_states
         return run(self, tokens, depth, cache, lora or {}, watch)
@@ -1203,10 +1237,11 @@ class LoopedGPT(nn.Module):
         cache: Cache | None,
         lora: dict[str, dict],
         watch: Callable[[Pass, Tensor], Tensor] | None,
-    ) -> Tensor:
-        """(B, T) tokens to normalised states (B, T, D). `depth` is the r of the plan (0: every group once). With a
-        cache the tokens continue its stream. `lora` holds adapters by block and layer. `watch` sees the stream after
-        every pass, before a norm of the plan, and returns the stream that goes on; then nothing is compiled."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, T) tokens to normalised states (B, T, D), and the losses of every pass with a mixture. `depth` is the r
+        of the plan (0: every group once). With a cache the tokens continue its stream. `lora` holds adapters by block
+        and layer. `watch` sees the stream after every pass, before a norm of the plan, and returns the stream that goes
+        on; then nothing is compiled."""
         config, T = self.config, tokens.shape[1]
         passes = self.plan.passes(depth, config.rows)
         slots = [p.slot for p in self.plan.passes(depth, cache.repetitions)] if cache else []
@@ -1220,7 +1255,9 @@ class LoopedGPT(nn.Module):
         value = self.value_out(self.value(tokens)) if self.value_rows else None
         n_skips = len(passes) // 2 if config.skips == "unet" else 0
         run_block = Block.forward if watch else self.run_block
-        entered, pushed = {}, []
+        if config.checkpoint_passes:
+            run_block = functools.partial(checkpoint, run_block, use_reentrant=False)
+        entered, pushed, routing = {}, [], []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not 0 < config.bptt <= p.left):
                 entered |= dict.fromkeys(p.enter, x)
@@ -1232,11 +1269,14 @@ class LoopedGPT(nn.Module):
                 tables = (t if t is None else t[p.slot] for t in (self.mixes, self.scales, self.adapters))
                 row = self.value_rows.get(p.slot)
                 keeps = cache is not None and slots[index] not in slots[index + 1 :]  # the last pass that shares it
-                x, kept = run_block(
-                    self.blocks[name := self.plan.names[p.block]], x, x0, *tables,
+                block = self.blocks[name := self.plan.names[p.block]]
+                loop = block.moe.loops[self.uses[: p.slot].count(p.block)] if config.moe_experts else None
+                x, kept, losses = run_block(
+                    block, x, x0, *tables, loop,
                     None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
                     cache.kept.get(slots[index]) if cache else None, keeps, lora.get(name, {}),
                 )  # fmt: skip
+                routing += losses
                 if watch:
                     x = watch(p, x)
                 if p.norm:
@@ -1247,7 +1287,7 @@ class LoopedGPT(nn.Module):
                     cache.keep(slots[index], kept)
         if cache:
             cache.tokens = seen[:, -cache.window - 1 :]
-        return rms_norm(x, self.norms.get("final"))
+        return rms_norm(x, self.norms.get("final")), routing
 
     @property
     def head(self) -> Tensor:
@@ -1257,7 +1297,12 @@ class LoopedGPT(nn.Module):
         return softcap_logits(x, self.head, self.config.softcap)
 
     def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
-        return self.run_loss(self.forward(tokens, depth), self.head, targets, self.config.softcap)
+        x, routing = self.run(tokens, depth)
+        loss = self.run_loss(x, self.head, targets, self.config.softcap)
+        if routing and self.training:
+            balance, z = sum(routing) / len(routing)
+            loss = loss + 0.01 * balance + 0.001 * z
+        return loss
 
 
 def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
@@ -1277,7 +1322,8 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
     total = 6.0 * (sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel())
     for p in model.plan.passes(1, config.rows):
         block = model.blocks[model.plan.names[p.block]]
-        weights = sum(m.weight.numel() for m in block.children()) + 2 * D * config.adapter_rank
+        weights = sum(m.weight.numel() if isinstance(m, Linear) else m.active_weights() for m in block.children())
+        weights += 2 * D * config.adapter_rank
         weights += 2 * D * D * len(p.inject) * bool(model.inject)
         reach = min(T, block.span)
         total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
@@ -1845,7 +1891,7 @@ class SgdScorer(WindowScorer):
 class LoraScorer(WindowScorer):
     """Every document starts with fresh low-rank adapters on the linear layers of each block, and sees nothing of other
     documents; after each chunk of it they take one step of Adam. Documents of similar length form a batch, in which
-    every row has adapters of its own."""
+    every row has adapters of its own. A mixture of experts stays as it is."""
 
     is_per_document = True
 
@@ -1885,8 +1931,8 @@ class LoraScorer(WindowScorer):
         generator = torch.Generator().manual_seed(0)
         for name, block in self.model.blocks.items():
             self.lora[name] = {}
-            for layer, linear in block.named_children():
-                fan_out, fan_in = linear.weight.shape
+            for layer in ("qkv", "out", "up", "down"):
+                fan_out, fan_in = getattr(block, layer).weight.shape
                 down = torch.randn(fan_in, rank, generator=generator).repeat(rows, 1, 1) / fan_in**0.5
                 up = torch.zeros(rows, rank, fan_out)
                 self.lora[name][layer] = tuple(t.to(self.ctx.device).requires_grad_() for t in (down, up))
@@ -2201,7 +2247,8 @@ def train(
 
 def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """What ran, where, on what: without it a log proves nothing."""
-    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=hash_counted_code())
+    code_sha256 = hash_counted_code(config.moe_experts)
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=code_sha256)
     modules = (torch, np, zstandard, sentencepiece)
     ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
     name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
@@ -2211,13 +2258,14 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
 
 
-def counted_files() -> list[Path]:
+def counted_files(moe_experts: int = 0) -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository."""
-    return [Path(__file__), *(Path(sys.modules[f.__module__].__file__) for f in (read_shard, encode_matrices))]
+    names = ("train_gpt", "data/shards", "kernels/rans", "kernels/moe")[: 4 if moe_experts else 3]
+    return [Path(__file__).parent / f"{name}.py" for name in names]
 
 
-def hash_counted_code() -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files())).hexdigest()
+def hash_counted_code(moe_experts: int = 0) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files(moe_experts))).hexdigest()
 
 
 def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:

@@ -73,6 +73,24 @@ def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | 
     return out @ block.out.weight.T
 
 
+def mix_one_by_one(w: dict[str, Tensor], top: int, loop: int, h: Tensor) -> Tensor:
+    """The mixture of experts for one token after the other, one expert after the other; `w` holds weights by name."""
+
+    def expert(x, gate, up, down):
+        a = gate @ x
+        return down @ (a * torch.sigmoid(a) * (up @ x))
+
+    D, H = w["shared_down.weight"].shape
+    halves, downs, out = w["up.weight"].split(H), w["down.weight"].split(D), []
+    for x in h:
+        p = torch.sigmoid(w["router"] @ torch.cat((x, w["loops"][loop])))
+        y = expert(x, *w["shared_up.weight"].split(H), w["shared_down.weight"])
+        for e in p.argsort(descending=True)[:top].tolist():
+            y = y + p[e] * expert(x, halves[2 * e], halves[2 * e + 1], downs[e])
+        out.append(y)
+    return torch.stack(out)
+
+
 @torch.no_grad()
 def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
     """(T,) tokens to (T, D) states: the passes written out, with the table rows that the plan names."""
@@ -109,7 +127,13 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
         hidden = norm(x, n[1]) @ block.up.weight.T
         gate, gated = hidden[:, : config.mlp_dim], hidden[:, config.mlp_dim :]
         hidden = gate * gate.sigmoid() * gated if config.mlp == "swiglu" else hidden.clamp(min=0).square()
-        x = after(x + scale[1] * (hidden @ block.down.weight.T), n[-1])
+        y = hidden @ block.down.weight.T
+        if config.moe_experts:
+            earlier = [q.block for q in model.plan.passes(config.rows, config.rows)][: p.slot]
+            experts = dict(block.moe.named_parameters())
+            mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), norm(x, n[-1]))
+            y = block.gates[0] * y + block.gates[1] * mixed
+        x = after(x + scale[1] * y, n[-1])
         if p.norm:
             x = norm(x, w.get("norms.loop", 1.0))
         if index < half:

@@ -8,11 +8,14 @@ import math
 
 import pytest
 import torch
+from helpers import events, options, tiny_config, tiny_model, tiny_options
+from test_model import draw_tokens, mix_one_by_one
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import train_gpt
 from kernels.moe import MoE, balance_losses, choose, dense_ref, dispatch
-from train_gpt import Linear
+from train_gpt import Cache, Grid, Linear, LoopedGPT, compute_flops, main, quantize_tensor, round_with_feedback
 
 SHAPES = [(1, 8, 8, 1, 1), (5, 8, 16, 4, 2), (33, 16, 8, 11, 2), (64, 24, 16, 5, 3), (17, 8, 8, 3, 3)]  # N D H E top
 
@@ -56,23 +59,6 @@ def test_dispatch_equals_every_expert_on_every_token(shape, kind):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def apply_as_published(w: dict, parts: tuple[int, ...], H: int, top: int, loop: int, h: torch.Tensor) -> torch.Tensor:
-    """One token after the other, one expert after the other; `w` holds the weights by name."""
-
-    def expert(x, gate, up, down):
-        a = gate @ x
-        return down @ (a * torch.sigmoid(a) * (up @ x))
-
-    halves, downs, out = w["up.weight"].split(parts), w["down.weight"].split(h.shape[1]), []
-    for x in h:
-        p = torch.sigmoid(w["router"] @ torch.cat((x, w["loops"][loop])))
-        y = expert(x, w["shared_up.weight"][:H], w["shared_up.weight"][H:], w["shared_down.weight"])
-        for e in p.argsort(descending=True)[:top].tolist():
-            y = y + p[e] * expert(x, halves[2 * e], halves[2 * e + 1], downs[e])
-        out.append(y)
-    return torch.stack(out)
-
-
 @pytest.mark.parametrize("loop", [0, 2])
 def test_the_layer_and_every_gradient_are_those_of_the_published_formula(loop):
     moe, h = build(), draw(2, 9, 16)
@@ -81,7 +67,7 @@ def test_the_layer_and_every_gradient_are_those_of_the_published_formula(loop):
     assert all(len(part) == 8 for part in moe.up.weight.split(moe.up.parts)) and len(moe.up.parts) == 2 * 5
     exact = {name: p.detach().double().requires_grad_() for name, p in moe.named_parameters()}
     tokens = h.detach().double().flatten(0, 1).requires_grad_()
-    expected = apply_as_published(exact, moe.up.parts, 8, 2, loop, tokens)
+    expected = mix_one_by_one(exact, 2, loop, tokens)
     expected.mul(draw(*y.shape, seed=3).flatten(0, 1)).sum().backward()
     torch.testing.assert_close(y.double().flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(h.grad.double().flatten(0, 1), tokens.grad, rtol=1e-5, atol=1e-5)
@@ -179,3 +165,110 @@ def test_one_graph_serves_all_loops():
 def test_sizes_that_do_not_work_are_named(D, H, E, top):
     with pytest.raises(ValueError, match=f"dim={D} .*hidden={H} .*multiples of 8.*top={top} .*experts={E}"):
         MoE(D, H, E, top, 1, Linear, torch.float32)
+
+
+# In the model
+
+MIXED = dict(plan="(ab~)*3", skips="none", norm_weights=True, moe_experts=4, moe_hidden=16)
+
+
+def loss_and_gradients(model, depth=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tokens = draw_tokens(model.config, 66).view(2, 33)
+    model.zero_grad()
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], depth)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_training_adds_the_mean_losses_of_the_passes_and_scoring_does_not():
+    model = tiny_model(tiny_config(**MIXED))
+    found = []
+    for block in model.blocks.values():
+        block.moe.register_forward_hook(lambda _, __, output: found.append(output[1].detach()))
+    trained, pulled = loss_and_gradients(model)
+    assert len(found) == 6
+    scored, plain = loss_and_gradients(model.eval())
+    balance, z = torch.stack(found[:6]).mean(0)
+    torch.testing.assert_close(trained - scored, 0.01 * balance + 0.001 * z, rtol=1e-3, atol=1e-5)
+    for letter in "ab":
+        assert (pulled[f"blocks.{letter}.moe.router"] - plain[f"blocks.{letter}.moe.router"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("changes", [MIXED, MIXED | dict(plan="a(b)*rc", depth=3, bptt=2), dict(plan="abab")])
+def test_passes_that_are_computed_again_give_the_same_gradients(changes):
+    kept, again = (tiny_model(tiny_config(**changes, checkpoint_passes=on)) for on in (False, True))
+    (loss, expected), (same, found) = loss_and_gradients(kept), loss_and_gradients(again)
+    assert torch.equal(loss, same) and expected.keys() == found.keys()
+    assert all(torch.equal(grad, found[name]) for name, grad in expected.items())
+
+
+def test_passes_that_are_computed_again_keep_no_memory():
+    def count_saved(on: bool) -> int:
+        model, kept = tiny_model(tiny_config(**MIXED, checkpoint_passes=on)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda _: None):
+            model(draw_tokens(model.config, 32)[None])
+        return sum(kept)
+
+    assert count_saved(True) < count_saved(False) / 5
+
+
+@torch.no_grad()
+def test_what_comes_later_changes_no_state():
+    model = tiny_model(tiny_config(**MIXED))
+    tokens = draw_tokens(model.config, 30)[None]
+    other = torch.cat((tokens[:, :17], draw_tokens(model.config, 13, seed=5)[None]), 1)
+    a, b = model(tokens), model(other)
+    torch.testing.assert_close(a[:, :17], b[:, :17], rtol=1e-5, atol=1e-5)
+    assert (a[:, 17:] - b[:, 17:]).abs().max() > 0.1
+    cache = Cache(32)
+    stepped = torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(30)], 1)
+    torch.testing.assert_close(stepped, a, rtol=1e-4, atol=1e-4)
+
+
+def test_fresh_weights_and_their_kinds():
+    model = LoopedGPT(tiny_config(**MIXED))
+    model.init_weights(3)
+    moe, gates = model.blocks["b"].moe, model.blocks["b"].gates
+    for part in (*moe.up.weight.split(moe.up.parts), *moe.shared_up.weight.split(moe.shared_up.parts)):
+        torch.testing.assert_close(part @ part.T, torch.eye(16), rtol=0, atol=1e-5)
+    assert not moe.down.weight.any() and not moe.shared_down.weight.any() and gates.tolist() == [0.5, 0.5]
+    assert all(abs(p.std().item() - 0.02) < 0.005 for p in (moe.router, moe.loops)) and len(moe.loops) == 3
+    kinds = [model.kind(f"blocks.b.{name}") for name in ("moe.up.weight", "moe.router", "moe.loops", "gates", "norms")]
+    assert kinds == ["matrix", *["vector"] * 4] and model.role("blocks.b.moe.down.weight") == "core"
+
+
+def test_a_token_is_charged_for_the_experts_it_uses():
+    D, H, E = 32, 16, 4
+    experts = dict(moe_experts=E, moe_hidden=H)
+    flops = [compute_flops(tiny_config(plan="abab", skips="none", **changes), 1) for changes in (experts, {})]
+    assert flops[0] - flops[1] == 4 * 6 * ((1 + 2) * 3 * D * H + 2 * D * E)
+
+
+@pytest.mark.parametrize("mode", ["plain", "lora", "sgd"])
+def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, monkeypatch, capsys):
+    """With a byte limit that binds, so that weights are rounded with feedback: routed experts, whose inputs are not
+    collected, are rounded plainly."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        train_gpt, "round_with_feedback", lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g)
+    )
+    limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
+    settings = MIXED | dict(run_id="m", iterations=10, batch_tokens=256, score_tokens=200, score_mode=mode, bigram_buckets=0) | limit
+    assert main(tiny_options(dataset, **settings, checkpoint_passes=1), {}) == 0
+    text = capsys.readouterr().out
+    losses = [float(line["train_loss"]) for line in events(text, "train")]
+    (result,) = events(text, "result")
+    assert (set(seen) == {True, False}) == (mode == "plain")
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.3 and result["fits"] == "yes"
+    assert float(result["val_loss"]) < losses[0]
+    again = dict(score="runs/m/artifact.lg", data_path=dataset, score_tokens=200, also="none", device="cpu")
+    assert main(options(**again, dtype="float32", compile="none"), {}) == 0
+    (again,) = events(capsys.readouterr().out, "result")
+    assert float(again["val_loss"]) == pytest.approx(float(result["val_loss"]), abs=1e-6)
+
+
+def test_a_matrix_without_known_inputs_is_rounded_plainly():
+    weight, grid = draw(24, 16), Grid(4, 3.0)
+    for ours, plain in zip(round_with_feedback(weight, torch.zeros(16, 16), grid), quantize_tensor(weight, grid)):
+        assert torch.equal(ours, plain)

@@ -14,6 +14,7 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_options
 
 import tools.pack
+import tools.script
 import train_gpt
 
 
@@ -98,6 +99,35 @@ def test_a_damaged_script_does_not_start(packed, tmp_path):
     content[at] ^= 1
     (tmp_path / "bad.py").write_bytes(content)
     assert run_script(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path).returncode != 0
+
+
+def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys):
+    """Experts stay out of a script whose recipe has none; there they end in one line, not in a traceback."""
+    assert "kernels/moe.py" not in read_modules(packed) and "dispatch" not in "".join(read_modules(packed).values())
+    arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
+    done = run_script(packed, arguments, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+    assert "moe_experts=11" in done.stderr and "--with kernels.moe" in done.stderr
+    path = tmp_path / "mixed.py"
+    assert tools.pack.main(["--out", str(path), "--with", "kernels.moe", "--code_reserve", "30000"]) == 0
+    sources = tools.script.counted_sources(11)
+    assert list(sources)[-1] == "kernels/moe.py"
+    assert tools.script.pack_sources(tools.script.join_sources(sources)) == path.read_bytes()
+    assert tools.script.hash_sources(sources) == train_gpt.hash_counted_code(11) != train_gpt.hash_counted_code()
+    assert run_in_empty_folder(path, arguments, tmp_path / "mixed").startswith("params:356497926\n")
+    capsys.readouterr()
+    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.more"]) == 2
+    assert "kernels.more" in capsys.readouterr().err
+
+
+def test_a_packed_mixture_makes_the_artifact_of_the_source(dataset, tmp_path):
+    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.moe", "--code_reserve", "30000"]) == 0
+    found = []
+    for name, script in (("source", ROOT / "train_gpt.py"), ("packed", tmp_path / "p.py")):
+        arguments = tiny_options(dataset, run_id="r", iterations=2, moe_experts=3, moe_hidden=8, checkpoint_passes=1)
+        run_in_empty_folder(script, arguments, tmp_path / name)
+        found.append(json.loads((tmp_path / name / "runs/r/result.json").read_text())["result"]["artifact_sha256"])
+    assert found[0] == found[1]
 
 
 def test_code_over_the_reserve_is_refused(tmp_path, capsys):

@@ -167,7 +167,7 @@ def describe_numbers(predictor: Predictor) -> dict:
         artifact=predictor.artifact.sha256, mode=predictor.mode, torch=str(torch.__version__), numpy=np.__version__,
         device=f"{ctx.device.type} {name}", instructions=torch.backends.cpu.get_cpu_capability(),
         dtype=str(ctx.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-        python=platform.python_version(), code=train_gpt.hash_counted_code(),
+        python=platform.python_version(), code=train_gpt.hash_counted_code(predictor.config.moe_experts),
     )  # fmt: skip
 
 

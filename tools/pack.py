@@ -1,5 +1,6 @@
 """Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
-it imports, without comments, docstrings and what main() never reaches, minified and compressed.
+it imports, without comments, docstrings and what main() never reaches, minified and compressed. A module that is
+imported inside a function, as kernels.moe by a block with experts, comes along only --with its name.
 
 The result is a zip application of two entries: a stub, and one bzip2 stream (2% smaller than LZMA on this text) with a
 start script and all modules. The stub runs the start script, which unpacks the modules into a private temporary folder,
@@ -9,17 +10,20 @@ same bytes.
 Example:
     python -m tools.pack --out packed.py
     python packed.py --recipe 4b7l --dry_run
+    python -m tools.pack --out packed.py --with kernels.moe      for --recipe osrt_v4
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import bz2
 import hashlib
 import io
 import sys
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import train_gpt
@@ -43,6 +47,10 @@ sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
 """
 
 
+# A word that stands for the same thing everywhere compresses better than a letter that differs from place to place.
+KEPT_LOCALS, KEPT_GLOBALS = ("config", "ctx", "model", "self"), dir(builtins)
+
+
 class PackError(Exception):
     """Packing cannot go on: one line, and the exit code."""
 
@@ -57,15 +65,19 @@ def find_module(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def load_counted() -> dict[str, ast.Module]:
-    """The entry and every repository module that it imports, by dotted name."""
-    found, wanted = {}, [ENTRY]
+def load_counted(lazy: list[str] | tuple[str, ...] = ()) -> dict[str, ast.Module]:
+    """The entry, every repository module that it imports outside of functions, and the lazy ones, by dotted name."""
+    found, wanted = {}, [ENTRY, *lazy]
     while wanted:
         name = wanted.pop()
         if name in found or not (path := find_module(name)):
             continue
         found[name] = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(found[name]):
+        nodes = deque([found[name]])
+        while nodes:
+            node = nodes.popleft()
+            if not isinstance(node, ast.FunctionDef):
+                nodes += ast.iter_child_nodes(node)
             if isinstance(node, ast.Import):
                 wanted += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -107,7 +119,7 @@ def keep_reachable(modules: dict[str, ast.Module]) -> None:
 
 def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
-    is `public` in a module, and parameters that some call of the code gives by keyword."""
+    is `public` in a module, parameters that some call of the code gives by keyword, and what is better KEPT."""
     try:
         import python_minifier
     except ImportError:
@@ -130,7 +142,8 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     )
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
-        rename_globals=not fixed, preserve_globals=sorted(public), preserve_locals=fixed,
+        rename_globals=not fixed, preserve_globals=sorted(public.union(KEPT_GLOBALS)),
+        preserve_locals=[*fixed, *KEPT_LOCALS],
     )  # fmt: skip
 
 
@@ -156,9 +169,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
+    parser.add_argument("--with", dest="lazy", nargs="+", default=[], metavar="MODULE", help="lazy imports to pack")
     args = parser.parse_args(argv)
     try:
-        content, sizes = pack(load_counted())
+        if unknown := [name for name in args.lazy if not find_module(name)]:
+            raise PackError(f"--with {unknown[0]}: no module of this repository; write it like kernels.moe", 2)
+        content, sizes = pack(load_counted(args.lazy))
         largest = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])[:3])
         if len(content) > args.code_reserve:
             raise PackError(f"the packed code has {len(content)} bytes, more than code_reserve={args.code_reserve}; "

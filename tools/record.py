@@ -87,7 +87,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     if out.exists():
         raise RunError(f"{out}: exists already; choose another name or remove it")
     logs = [read_run(folder) for folder in folders]
-    sources = counted_sources()
+    sources = counted_sources(logs[0].moe_experts)
     require_same(logs, folders, hash_sources(sources))
     if len(logs) < (wanted := TRACKS[meta["track"]].seeds):
         raise RunError(
@@ -104,7 +104,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     inside = beside / out.resolve().parent.name / out.name
     inside.mkdir(parents=True)
     try:
-        write_folder(inside, logs, folders, code, meta)
+        write_folder(inside, logs, folders, code, sources, meta)
         verdicts = judge(entry := read_entry(inside), static=True)
         if all(v.verdict != BAD for v in verdicts):  # what is wrong already need not be started
             verdicts.append(decide("runs", list(RULES["runs"](entry))))
@@ -115,11 +115,13 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_folder(inside: Path, logs: list[TrainLog], folders: list[Path], code: bytes, meta: dict[str, str]) -> None:
+def write_folder(
+    inside: Path, logs: list[TrainLog], folders: list[Path], code: bytes, sources: dict[str, str], meta: dict[str, str]
+) -> None:
     facts = layout.describe_runs(logs, len(code))
     mode = logs[0].last("result")["score_mode"]
     (inside / "train_gpt.py").write_bytes(code)
-    (inside / "train_gpt_human.py").write_text(join_sources(counted_sources()), encoding="utf-8")
+    (inside / "train_gpt_human.py").write_text(join_sources(sources), encoding="utf-8")
     shutil.copyfile(ROOT / "requirements.txt", inside / "requirements.txt")
     for log, folder in zip(logs, folders):
         shutil.copyfile(folder / "log.txt", inside / f"train_seed{log.seed}.log")

@@ -192,7 +192,8 @@ def code(entry: Entry) -> Found:
         if pack_sources(text) != entry.script.read_bytes():
             # another minor version of Python writes the same program in other words
             python = entry.logs[0].last("versions").get("python", "").rpartition(".")[0]
-            can_tell = sources == counted_sources() and python == "{}.{}".format(*sys.version_info)
+            ours = counted_sources(entry.logs[0].moe_experts)
+            can_tell = sources == ours and python == "{}.{}".format(*sys.version_info)
             why = "" if can_tell else ", or does so in this version of it or of Python"
             yield BAD if can_tell else UNKNOWN, f"tools.pack makes another script from train_gpt_human.py{why}"
     except (PackError, SyntaxError) as error:
@@ -221,7 +222,7 @@ def runs(entry: Entry) -> Found:
     if not entry.ours:
         yield UNKNOWN, "a stranger's script is not executed"
         return
-    human = join_sources(counted_sources())
+    human = join_sources(counted_sources(entry.logs[0].moe_experts))
     try:
         if entry.script.read_bytes() != pack_sources(human):
             yield UNKNOWN, "not executed: train_gpt.py is not what tools.pack makes of this repository"

@@ -40,9 +40,9 @@ class Unreadable(ValueError):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def counted_sources() -> dict[str, str]:
+def counted_sources(moe_experts: int = 0) -> dict[str, str]:
     """The counted files of this repository, by path, in the order in which a run hashes them."""
-    paths = [path.resolve() for path in train_gpt.counted_files()]
+    paths = [path.resolve() for path in train_gpt.counted_files(moe_experts)]
     return {str(path.relative_to(pack.ROOT)): path.read_text(encoding="utf-8") for path in paths}
 
 

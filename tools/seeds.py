@@ -172,9 +172,10 @@ def main(argv: list[str]) -> int:
     try:
         if len(set(args.seeds)) < len(args.seeds):
             raise RunError("--seeds: each seed only once")
-        name = args.name or train_gpt.parse_config(options, environ)[0].recipe
+        config, _ = train_gpt.parse_config(options, environ)
+        name = args.name or config.recipe
         plans = [plan_seed(seed, name, options, environ) for seed in args.seeds]
-        code_sha256 = train_gpt.hash_counted_code()
+        code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
         states = [state_of(plan, code_sha256) for plan in plans]  # all, before the first hour is spent on one
         for plan, state in zip(plans, states):
             if state == "finished":

@@ -70,6 +70,11 @@ class TrainLog:
     def who(self) -> str:
         return self.path.name if self.seed is None else f"seed {self.seed}"
 
+    @property
+    def moe_experts(self) -> bool:
+        """Whether the code of the run includes kernels/moe.py."""
+        return self.settings.get("moe_experts", "0") != "0"
+
     def last(self, event: str, **wanted: str) -> dict[str, str]:
         """Values of the last line of this kind, of our own log."""
         found = [x.values for x in self.lines if x.event == event and wanted.items() <= x.values.items()]
