@@ -2,7 +2,7 @@
 
     early = EarlyExit(0.1)
     states = model(tokens, 16, watch=early)
-    early.mean_depth
+    early.mean_depth        over all positions; of each one: early.depths
 
 It only measures: positions that have left keep their state, and the others attend to it, but nothing is skipped.
 """
@@ -22,6 +22,7 @@ class EarlyExit:
     def __init__(self, tau: float):
         self.tau = tau
         self.state: Tensor | None = None
+        self.depths = torch.zeros(0)  # repetitions of each position in the latest forward
         self.repetitions = self.positions = 0
 
     def __call__(self, p: Pass, x: Tensor) -> Tensor:
@@ -29,17 +30,19 @@ class EarlyExit:
             return x
         if self.state is None:
             self.is_open = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-            self.positions += self.is_open.numel()
+            self.depths = torch.zeros_like(self.is_open, dtype=torch.long)
         else:
             x = torch.where(self.is_open[..., None], x, self.state)
-        self.repetitions += int(self.is_open.sum())  # sync
+        self.depths += self.is_open
         if self.state is not None:
             change = (x - self.state).float().norm(dim=-1) / x.float().norm(dim=-1)
             self.is_open &= change >= self.tau
         self.state = x if p.left else None
+        if not p.left:
+            self.repetitions, self.positions = self.repetitions + self.depths.sum(), self.positions + x[..., 0].numel()
         return x
 
     @property
     def mean_depth(self) -> float:
         """Repetitions per position, over all forwards so far."""
-        return self.repetitions / max(self.positions, 1)
+        return float(self.repetitions) / max(self.positions, 1)

@@ -10,6 +10,7 @@ Bytes and stream sizes are computed from the artifact; the latter needs the run'
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections import Counter
@@ -39,6 +40,48 @@ def import_pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def check_picture(out: Path) -> None:
+    """Refuses a picture that could not be written, before hours are spent on what it shows."""
+    import_pyplot()
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise RunError(f"{out}: a picture has to end in .png, .svg or .pdf")
+    if not out.parent.is_dir():
+        raise RunError(f"{out}: there is no folder {out.parent}; create it or name another")
+
+
+def save_picture(figure, out: Path, dpi: int = 120) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=out.suffix[1:], dpi=dpi)
+    import_pyplot().close(figure)
+    train_gpt.write_atomic(out, content.getvalue())
+
+
+def name_points(axes, points: list, names: list[str], color: str = "black", size: int = 9, others: list = ()) -> None:
+    """Each name beside its point, where it covers neither a name nor a point of either list; the right is preferred.
+    For when all else is drawn."""
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)]
+    axes.figure.canvas.draw()  # the layout is settled only now
+    frame, radius = axes.get_window_extent().frozen(), 5 * axes.figure.dpi / 72
+    centers = axes.transData.transform([*points, *others])
+    taken = [frame.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in centers]
+    for point, name in zip(points, names):
+        found = []
+        for dx, dy in sides:
+            label = axes.annotate(
+                name, point, (9 * dx, 9 * dy), textcoords="offset points", fontsize=size, color=color,
+                parse_math=False, ha="left" if dx > 0 else "right" if dx else "center",
+                va="bottom" if dy > 0 else "top" if dy else "center",
+            )  # fmt: skip
+            box = label.get_window_extent()
+            cost = box.count_overlaps(taken) + 2 * (box.x0 < frame.x0 or box.x1 > frame.x1)
+            found.append((cost, len(found), label, box))
+        _, best, _, box = min(found, key=lambda entry: entry[:2])
+        for _, index, label, _ in found:
+            if index != best:
+                label.remove()
+        taken.append(box)
 
 
 @dataclass(frozen=True)
@@ -172,6 +215,7 @@ def plot_stream(axes, runs: list[Run]) -> None:
 def draw(folders: list[Path], out: Path) -> Path:
     if len(folders) > len(COLORS):
         raise RunError(f"{len(folders)} runs: at most {len(COLORS)} can be told apart in one picture")
+    check_picture(out)
     runs = [load_run(folder, color) for folder, color in zip(folders, COLORS)]
     pyplot = import_pyplot()
     has_stream = any(run.stream for run in runs)
@@ -196,8 +240,7 @@ def draw(folders: list[Path], out: Path) -> Path:
                 f"{int(r['total_bytes']):,} bytes with code")  # fmt: skip
         top = 1 - index / max(len(runs), 3)
         grid[1, 2].text(0, top, text, color=run.color, va="top", fontsize=10, transform=grid[1, 2].transAxes)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_picture(figure, out)
     return out
 
 

@@ -127,6 +127,16 @@ def tie_to_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def run_missing(plans: list[Plan], nproc: int, environ: dict[str, str]) -> None:
+    """Runs what is not finished, one after another; what must not go on is refused before the first hour is spent."""
+    states = [state_of(plan, train_gpt.hash_counted_code(plan.config.moe_experts)) for plan in plans]
+    for plan, state in zip(plans, states):
+        if state == "finished":
+            print(f"# seed {plan.seed}: finished, in {plan.folder}", file=sys.stderr)
+        else:
+            run_seed(plan, state, nproc, environ)
+
+
 def collect(plans: list[Plan]) -> list[dict]:
     """One row of numbers per seed."""
     rows = []
@@ -175,16 +185,11 @@ def main(argv: list[str]) -> int:
         config, _ = train_gpt.parse_config(options, environ)
         name = args.name or config.recipe
         plans = [plan_seed(seed, name, options, environ) for seed in args.seeds]
-        code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
-        states = [state_of(plan, code_sha256) for plan in plans]  # all, before the first hour is spent on one
-        for plan, state in zip(plans, states):
-            if state == "finished":
-                print(f"# seed {plan.seed}: finished, in {plan.folder}", file=sys.stderr)
-            else:
-                run_seed(plan, state, args.nproc, environ)
+        run_missing(plans, args.nproc, environ)
         rows = collect(plans)
         summary = summarize(rows)
         if args.json:
+            code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
             report = dict(name=name, code_sha256=code_sha256, options=options, runs=rows) | {
                 which: {column: values[which] if math.isfinite(values[which]) else None
                         for column, values in summary.items()} for which in ("mean", "std")

@@ -1,0 +1,201 @@
+"""Depth at test time and plans side by side: tools.depth and tools.sweep, on artifacts that take seconds to make."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, clean_environment, tiny_context, tiny_options, write_artifact
+
+import train_gpt
+from tools import depth, sweep
+from tools.exits import EarlyExit
+
+LOOP = dict(plan="ab(^cd~)*re", skips="none", depth=3, max_r=4, xsa_passes="none", ve_passes="none")
+TOKENS = 350  # the last window of 32 is not full
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, tokenizer_bytes) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("depth"), tokenizer_bytes, **LOOP)
+
+
+def score(artifact: Path, dataset: Path, *more: str) -> list[str]:
+    return [str(artifact), f"--data_path={dataset}", f"--score_tokens={TOKENS}", *more]
+
+
+@pytest.fixture(scope="module")
+def report(artifact, dataset) -> depth.Report:
+    options = [f"--data_path={dataset}", f"--score_tokens={TOKENS}"]
+    return depth.study_depth(artifact, [3, 1, 6, 3], [0.0, 0.9, float("inf")], "plain", options)
+
+
+def by_exit(report: depth.Report) -> dict:
+    return {point.exit: point for point in report.points if point.exit is not None}
+
+
+def test_each_depth_is_scored_as_a_run_would_score_it(report, artifact, dataset):
+    fixed = [point for point in report.points if point.exit is None]
+    assert [point.r for point in fixed] == [1, 3, 6] and (report.default_r, report.trained_r) == (3, 4)
+    for point in fixed:
+        stored = train_gpt.load_artifact(artifact).stored | dict(score_depth=point.r % 3 and point.r)
+        stored["score_depth"] = 0 if point.r == 3 else point.r  # 0: the depth of the plan
+        config = train_gpt.Config(**stored, batch_tokens=32, data_path=str(dataset), score_tokens=TOKENS)
+        model, ctx = train_gpt.LoopedGPT(config), tiny_context()
+        train_gpt.load_weights(model, train_gpt.load_artifact(artifact).tensors)
+        found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx)[0])
+        assert (point.val_bpb, report.tokens, report.bytes) == (found.bpb, TOKENS - 1, found.bytes)
+        assert point.mean_depth == point.r and point.seconds > 0
+    assert len({point.val_bpb for point in fixed}) == 3
+
+
+def test_operations_are_linear_in_the_mean_depth(report):
+    """Whatever leaves early: operations outside of the group are the same."""
+    one, three, six = (point.flops_per_token for point in report.points[:3])
+    assert six - three == pytest.approx(1.5 * (three - one), rel=1e-3)
+    part = by_exit(report)[0.9]
+    assert part.flops_per_token == pytest.approx(one + (part.mean_depth - 1) * (three - one) / 2, rel=1e-3)
+
+
+def test_exits_span_from_two_repetitions_to_all(report, artifact, dataset):
+    exits, full = by_exit(report), report.points[2]
+    assert (exits[0.0].mean_depth, exits[0.0].val_bpb) == (6, full.val_bpb)
+    assert 2 < exits[0.9].mean_depth < 6 and exits[0.9].seconds is None
+    two = depth.study_depth(artifact, [2], [], "plain", [f"--data_path={dataset}", f"--score_tokens={TOKENS}"])
+    assert (exits[float("inf")].mean_depth, exits[float("inf")].val_bpb) == (2, two.points[0].val_bpb)
+
+
+def test_only_scored_positions_count(report, artifact, dataset):
+    """The depths of a text are those of its tokens, one window after another, without what pads the last one."""
+    stored = train_gpt.load_artifact(artifact).stored | dict(score_depth=6)
+    config = train_gpt.Config(**stored, batch_tokens=32, data_path=str(dataset), score_tokens=TOKENS)
+    model = train_gpt.LoopedGPT(config)
+    train_gpt.load_weights(model, train_gpt.load_artifact(artifact).tensors)
+    tokens, total = train_gpt.load_validation(config, tiny_context())[0].tokens, 0
+    for window in tokens[:-1].split(32):
+        early = EarlyExit(0.9)
+        with train_gpt.torch.no_grad():
+            model(window[None], watch=early)
+        total += int(early.depths.sum())
+    assert by_exit(report)[0.9].mean_depth == pytest.approx(total / (TOKENS - 1))
+
+
+def test_json_table_and_picture(artifact, dataset, tmp_path, capsys):
+    out = tmp_path / "d.png"
+    assert depth.main(score(artifact, dataset, "--depths", "1", "6", "--exit", "0.5", "--json", f"--out={out}")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] == LOOP["plan"] and found["artifact_sha256"] == train_gpt.load_artifact(artifact).sha256
+    assert [(p["r"], p["exit"]) for p in found["points"]] == [(1, None), (6, None), (6, 0.5)]
+    assert set(found["points"][0]) == {"r", "exit", "mean_depth", "val_bpb", "seconds", "flops_per_token"}
+    assert out.read_bytes()[:4] == b"\x89PNG" and out.stat().st_size > 20_000
+    assert depth.main(score(artifact, dataset, "--depths", "3", "--mode", "banded")) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 and rows[2].split()[:2] == ["r=3*", "3.00"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--depths", "0"], "--depths 0: has to be 1 or more"),
+        (["--depths", "300"], "score_depth=300: must lie between 0 and 256"),
+        (["--depths", "256"], "has 515 passes, at most 512"),
+        (["--exit", "nan"], "--exit nan: has to be 0 or more"),
+        (["--exit", "0.1", "--mode", "lora"], "--exit with --mode lora"),
+        (["--score_tokens", "20"], "20 validation tokens are fewer than one window"),
+        (["--data_path", "nowhere"], "nowhere"),
+        (["--out", "depth.txt"], "depth.txt: a picture has to end in"),
+        (["--out", "nowhere/depth.png"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(more, message, artifact, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert depth.main(score(artifact, dataset, *more)) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and message in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_a_fixed_plan_and_a_damaged_artifact_are_refused(artifact, dataset, tokenizer_bytes, tmp_path, capsys):
+    assert depth.main(score(write_artifact(tmp_path, tokenizer_bytes), dataset)) == 2
+    error = capsys.readouterr().err
+    assert "its plan abab has a fixed depth" in error and "*r" in error and error.count("\n") == 1
+    (tmp_path / "cut.lg").write_bytes(artifact.read_bytes()[:-5])
+    assert depth.main(score(tmp_path / "cut.lg", dataset)) == 4
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# Sweeps
+
+RUN = dict(model_dim=16, iterations=2, bigram_buckets=0, ve_passes="none", seq_len=32, score_tokens=100)
+PLANS = ["ab", "a(b)*r --skips none --depth 2"]
+
+
+@pytest.fixture(scope="module")
+def options(dataset) -> list[str]:
+    return [word for word in tiny_options(dataset, **RUN) if not word.startswith("--plan=")]
+
+
+@pytest.fixture(scope="module")
+def swept(options, tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        for name, value in clean_environment(PYTHONPATH=ROOT).items():
+            patch.setenv(name, value)
+        assert sweep.main([*PLANS, "--seeds", "3", "--", *options]) == 0
+    return cwd
+
+
+def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
+    monkeypatch.chdir(swept)
+    folders = sorted((swept / "runs").iterdir())
+    assert len(folders) == 2 and folders[0].name.startswith("sweep-ab-") and folders[1].name.startswith("sweep-abr-")
+    before = {path: path.read_bytes() for path in swept.rglob("*") if path.is_file()}
+    assert sweep.main([*PLANS, "--seeds=3", "--json", "--out=s.png", "--", *options]) == 0
+    assert (swept / "s.png").read_bytes()[:4] == b"\x89PNG"
+    (swept / "s.png").unlink()
+    told = capfd.readouterr()
+    assert [line.split(",")[0] for line in told.err.splitlines()] == ["# seed 3: finished"] * 2
+    assert {path: path.read_bytes() for path in swept.rglob("*") if path.is_file()} == before
+    found = json.loads(told.out)
+    assert [(row["plan"], row["options"]) for row in found["plans"]] == [("ab", ""), ("a(b)*r", PLANS[1][7:])]
+    for row in found["plans"]:
+        result = json.loads((swept / row["runs"][0] / "result.json").read_text())["result"]
+        assert (row["val_bpb"], row["artifact_bytes"]) == (float(result["val_bpb"]), float(result["artifact_bytes"]))
+        assert row["val_bpb_std"] is None and row["val_bpb_runs"] == [row["val_bpb"]] and row["steps"] == 2
+        assert row["tokens_per_s"] == pytest.approx(float(result["tokens"]) / float(result["train_s"]))
+        assert (train_gpt.load_artifact(swept / row["runs"][0] / "artifact.lg").stored["plan"]) == row["plan"]
+    assert found["plans"][1]["flops_per_token"] > found["plans"][0]["flops_per_token"]
+
+
+def test_names_do_not_cover_each_other(swept):
+    """Four points as close as can be: names take different sides."""
+    axes = sweep.import_pyplot().subplots()[1]
+    points = [(1, 1), (1.02, 1), (1, 1.02), (3, 3)]
+    axes.scatter(*zip(*points))
+    sweep.name_points(axes, points, ["abcdabc", "a^b", "$x^", "last"])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["abcdabc", "a^b", "$x^", "last"]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        (["ab", "ab"], [], "PLAN: each only once"),
+        (["ab", "--seeds", "1", "1"], [], "--seeds: each only once"),
+        (["a(b"], [], "'a(b': plan 'a(b', character 4"),
+        (["ab(c)*r"], [], "needs a plan without *r; use --skips none"),
+        (["ab --dephts 2"], [], "unknown option --dephts (did you mean --depth?)"),
+        ([""], [], "'': "),
+        (["ab 'x"], [], "No closing quotation"),
+        (["ab"], ["--plan=ab"], "plans are named before it"),
+        (["ab", "abab --iterations 9"], ["--iterations=4"], "'abab --iterations 9' has iterations=9, 'ab' has 4"),
+        (["ab"], ["--dry_run"], "--dry_run is not for a series of seeds"),
+        (["ab", "--out", "x.jpeg"], [], "a picture has to end in"),
+    ],
+)
+def test_a_sweep_that_cannot_work_begins_nothing(own, given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main([*own, "--", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
