@@ -1060,8 +1060,10 @@ class Block(nn.Module):
         y = self.up(self.norm(x, 1), lora.get("up"))
         if self.config.mlp == "swiglu":
             gate, y = y.chunk(2, -1)
-            return self.down(F.silu(gate) * y, lora.get("down"))
-        return self.down(F.relu(y).square(), lora.get("down"))
+            y = F.silu(gate) * y
+        else:
+            y = F.relu(y).square()
+        return self.down(y, lora.get("down"))
 
     def attention(self, x, value, is_xsa, reach, past, keep, lora):
         B, T, _ = x.shape
