@@ -282,7 +282,7 @@ RECIPES = {
     "osrt_v3": OSRT,
     "osrt_v4": OSRT | dict(
         plan="(abc~)*6", mlp_mult=8 / 3, moe_experts=11, vocab_size=65536, model_dim=1536, num_heads=24,
-        num_kv_heads=24, matrix_lr=6e-4, table_lr=6e-4, vector_lr=6e-4, checkpoint_passes=True,
+        num_kv_heads=24, matrix_lr=6e-4, table_lr=6e-4, vector_lr=6e-4, checkpoint_passes=True, code_reserve=25_000,
     ),
 }  # fmt: skip
 
@@ -2284,8 +2284,9 @@ def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) 
     flops = compute_flops(config, mean_r, learned)
     rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
     n_kept = plan.count_passes(min(config.rows, config.bptt or config.rows))  # passes that wait for their gradient
-    bytes_per_token = n_kept * (10 * config.model_dim + 3 * config.mlp_dim) * ctx.dtype.itemsize
-    memory = rows * (bytes_per_token + 8 * config.vocab_size) + params * 24
+    inside = 10 * config.model_dim + 3 * config.mlp_dim
+    values = n_kept * config.model_dim + inside if config.checkpoint_passes else n_kept * inside
+    memory = rows * (values * ctx.dtype.itemsize + 8 * config.vocab_size) + params * 24
     # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
     core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
     rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()

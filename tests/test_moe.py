@@ -254,8 +254,8 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
         train_gpt, "round_with_feedback", lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g)
     )
     limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
-    settings = MIXED | dict(run_id="m", iterations=10, batch_tokens=256, score_tokens=200, score_mode=mode, bigram_buckets=0) | limit
-    assert main(tiny_options(dataset, **settings, checkpoint_passes=1), {}) == 0
+    settings = MIXED | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_tokens=200, score_mode=mode)
+    assert main(tiny_options(dataset, **settings, bigram_buckets=0, checkpoint_passes=1), {}) == 0
     text = capsys.readouterr().out
     losses = [float(line["train_loss"]) for line in events(text, "train")]
     (result,) = events(text, "result")

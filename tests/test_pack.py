@@ -109,7 +109,7 @@ def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
     assert "moe_experts=11" in done.stderr and "--with kernels.moe" in done.stderr
     path = tmp_path / "mixed.py"
-    assert tools.pack.main(["--out", str(path), "--with", "kernels.moe", "--code_reserve", "30000"]) == 0
+    assert tools.pack.main(["--out", str(path), "--with", "kernels.moe", "--code_reserve", "25000"]) == 0
     sources = tools.script.counted_sources(11)
     assert list(sources)[-1] == "kernels/moe.py"
     assert tools.script.pack_sources(tools.script.join_sources(sources)) == path.read_bytes()
@@ -121,7 +121,7 @@ def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys)
 
 
 def test_a_packed_mixture_makes_the_artifact_of_the_source(dataset, tmp_path):
-    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.moe", "--code_reserve", "30000"]) == 0
+    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.moe", "--code_reserve", "25000"]) == 0
     found = []
     for name, script in (("source", ROOT / "train_gpt.py"), ("packed", tmp_path / "p.py")):
         arguments = tiny_options(dataset, run_id="r", iterations=2, moe_experts=3, moe_hidden=8, checkpoint_passes=1)

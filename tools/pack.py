@@ -10,7 +10,7 @@ same bytes.
 Example:
     python -m tools.pack --out packed.py
     python packed.py --recipe 4b7l --dry_run
-    python -m tools.pack --out packed.py --with kernels.moe      for --recipe osrt_v4
+    python -m tools.pack --out packed.py --with kernels.moe --code_reserve 25000      for --recipe osrt_v4
 """
 
 from __future__ import annotations
