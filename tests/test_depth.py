@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, tiny_context, tiny_options, write_artifact
+import torch
+from helpers import ROOT, clean_environment, tiny_options, write_artifact
 
 import train_gpt
 from tools import depth, sweep
@@ -29,6 +30,17 @@ def report(artifact, dataset) -> depth.Report:
     return depth.study_depth(artifact, [3, 1, 6, 3], [0.0, 0.9, float("inf")], "plain", options)
 
 
+def load(artifact: Path, dataset: Path, score_depth: int) -> tuple[train_gpt.LoopedGPT, train_gpt.RunContext]:
+    """The model as a run would score it."""
+    found = train_gpt.load_artifact(artifact)
+    config = train_gpt.Config(**found.stored | dict(score_depth=score_depth), batch_tokens=32, data_path=str(dataset),
+                              score_tokens=TOKENS, compile="none")  # fmt: skip
+    ctx = train_gpt.build_context(config, {})
+    model = train_gpt.build_model(config, ctx)
+    train_gpt.load_weights(model, found.tensors)
+    return model, ctx
+
+
 def by_exit(report: depth.Report) -> dict:
     return {point.exit: point for point in report.points if point.exit is not None}
 
@@ -37,11 +49,8 @@ def test_each_depth_is_scored_as_a_run_would_score_it(report, artifact, dataset)
     fixed = [point for point in report.points if point.exit is None]
     assert [point.r for point in fixed] == [1, 3, 6] and (report.default_r, report.trained_r) == (3, 4)
     for point in fixed:
-        stored = train_gpt.load_artifact(artifact).stored | dict(score_depth=point.r % 3 and point.r)
-        stored["score_depth"] = 0 if point.r == 3 else point.r  # 0: the depth of the plan
-        config = train_gpt.Config(**stored, batch_tokens=32, data_path=str(dataset), score_tokens=TOKENS)
-        model, ctx = train_gpt.LoopedGPT(config), tiny_context()
-        train_gpt.load_weights(model, train_gpt.load_artifact(artifact).tensors)
+        model, ctx = load(artifact, dataset, 0 if point.r == 3 else point.r)  # 0: the depth of the plan
+        config = model.config
         found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx)[0])
         assert (point.val_bpb, report.tokens, report.bytes) == (found.bpb, TOKENS - 1, found.bytes)
         assert point.mean_depth == point.r and point.seconds > 0
@@ -66,14 +75,11 @@ def test_exits_span_from_two_repetitions_to_all(report, artifact, dataset):
 
 def test_only_scored_positions_count(report, artifact, dataset):
     """The depths of a text are those of its tokens, one window after another, without what pads the last one."""
-    stored = train_gpt.load_artifact(artifact).stored | dict(score_depth=6)
-    config = train_gpt.Config(**stored, batch_tokens=32, data_path=str(dataset), score_tokens=TOKENS)
-    model = train_gpt.LoopedGPT(config)
-    train_gpt.load_weights(model, train_gpt.load_artifact(artifact).tensors)
-    tokens, total = train_gpt.load_validation(config, tiny_context())[0].tokens, 0
+    model, ctx = load(artifact, dataset, 6)
+    tokens, total = train_gpt.load_validation(model.config, ctx)[0].tokens, 0
     for window in tokens[:-1].split(32):
         early = EarlyExit(0.9)
-        with train_gpt.torch.no_grad():
+        with torch.no_grad():
             model(window[None], watch=early)
         total += int(early.depths.sum())
     assert by_exit(report)[0.9].mean_depth == pytest.approx(total / (TOKENS - 1))

@@ -178,8 +178,8 @@ def draw(report: Report, out: Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"{report.plan} ({report.mode}, {report.tokens:,} tokens)", fontsize=11, parse_math=False)
     if exits:
-        name_points(left, [(p.mean_depth, p.val_bpb) for p in exits], [f"{p.exit:g}" for p in exits], COLORS[1], 8,
-                    others=[(p.r, p.val_bpb) for p in fixed])  # fmt: skip
+        name_points(left, [(p.mean_depth, p.val_bpb) for p in exits], [f"{p.exit:g}" for p in exits],
+                    [(p.r, p.val_bpb) for p in fixed], is_beside=False, color=COLORS[1], fontsize=8)  # fmt: skip
     save_picture(figure, out)
 
 

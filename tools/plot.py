@@ -58,10 +58,14 @@ def save_picture(figure, out: Path, dpi: int = 120) -> None:
     train_gpt.write_atomic(out, content.getvalue())
 
 
-def name_points(axes, points: list, names: list[str], color: str = "black", size: int = 9, others: list = ()) -> None:
-    """Each name beside its point, where it covers neither a name nor a point of either list; the right is preferred.
-    For when all else is drawn."""
-    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)]
+def name_points(axes, points: list, names: list[str], others: list = (), is_beside: bool = True, **style) -> None:
+    """Each name where it covers neither a name nor a point of either list: rather beside its point than above or below,
+    or the other way round. For when all else is drawn."""
+    from matplotlib.patheffects import withStroke
+
+    style |= dict(textcoords="offset points", parse_math=False, path_effects=[withStroke(linewidth=2, foreground="w")])
+    pairs = [(1, 0), (-1, 0)], [(0, 1), (0, -1)], [(x, y) for x in (0.8, -0.8) for y in (0.8, -0.8)]
+    sides = [side for pair in (pairs if is_beside else (pairs[1], pairs[0], pairs[2])) for side in pair]
     axes.figure.canvas.draw()  # the layout is settled only now
     frame, radius = axes.get_window_extent().frozen(), 5 * axes.figure.dpi / 72
     centers = axes.transData.transform([*points, *others])
@@ -69,11 +73,9 @@ def name_points(axes, points: list, names: list[str], color: str = "black", size
     for point, name in zip(points, names):
         found = []
         for dx, dy in sides:
-            label = axes.annotate(
-                name, point, (9 * dx, 9 * dy), textcoords="offset points", fontsize=size, color=color,
-                parse_math=False, ha="left" if dx > 0 else "right" if dx else "center",
-                va="bottom" if dy > 0 else "top" if dy else "center",
-            )  # fmt: skip
+            ha, va = "left" if dx > 0 else "right", "bottom" if dy > 0 else "top"
+            label = axes.annotate(name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center",
+                                  **style)  # fmt: skip
             box = label.get_window_extent()
             cost = box.count_overlaps(taken) + 2 * (box.x0 < frame.x0 or box.x1 > frame.x1)
             found.append((cost, len(found), label, box))

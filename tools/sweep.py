@@ -109,7 +109,7 @@ def draw(rows: list[Row], out: Path) -> None:
     figure, axes = import_pyplot().subplots(figsize=(7.5, 5), layout="constrained")
     sizes = [row.artifact_bytes / 1000 for row in rows]
     for size, row in zip(sizes, rows):
-        if len(row.val_bpb_runs) > 1:
+        if len(row.runs) > 1:
             axes.vlines(size, min(row.val_bpb_runs), max(row.val_bpb_runs), color=GREY, linewidth=1, zorder=2)
             axes.scatter([size] * len(row.runs), row.val_bpb_runs, marker="_", color=GREY, s=60, linewidths=1, zorder=2)
     speeds = [row.tokens_per_s for row in rows]
@@ -119,18 +119,25 @@ def draw(rows: list[Row], out: Path) -> None:
     axes.margins(0.18)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("thousand bytes of the artifact")
-    axes.set_ylabel("bits per byte of validation text")
+    several = len(rows[0].runs) > 1
+    axes.set_ylabel("bits per byte of validation text" + ", mean and each seed" * several)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GREY, alpha=0.2)
     axes.set_axisbelow(True)
-    name_points(axes, [(size, row.val_bpb) for size, row in zip(sizes, rows)], name_rows(rows))
+    seeds_at = [(size, score) for size, row in zip(sizes, rows) for score in row.val_bpb_runs if several]
+    name_points(axes, [(size, row.val_bpb) for size, row in zip(sizes, rows)], name_rows(rows), seeds_at, fontsize=9)
     save_picture(figure, out, dpi=150)
 
 
 def name_rows(rows: list[Row]) -> list[str]:
-    """The plan, and on a second line the options where two plans are the same without them."""
-    plans = [row.plan for row in rows]
-    return [row.plan + f"\n{row.options}" * (plans.count(row.plan) > 1 and row.options != "") for row in rows]
+    """The plan, with those of its options that tell it from others of the same plan."""
+    names = []
+    for row in rows:
+        own, *others = [set(re.findall(r"--.+?(?=\s--|$)", r.options))
+                        for r in [row, *(r for r in rows if r.plan == row.plan and r is not row)]]  # fmt: skip
+        extra = sorted(own - set.intersection(*others)) if others else []
+        names.append("\n".join([row.plan, *extra]))
+    return names
 
 
 def build_parser() -> argparse.ArgumentParser:
