@@ -263,7 +263,7 @@ RECIPES = {
         plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
         bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
         final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536, score_batch=16,
-        ttt_chunk=8192, ttt_batch=4, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
+        ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
         calibration_tokens=32768,
     ),
     "frontier": LEAN | dict(
