@@ -104,7 +104,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     inside = beside / out.resolve().parent.name / out.name
     inside.mkdir(parents=True)
     try:
-        write_folder(inside, logs, folders, code, sources, meta)
+        write_folder(inside, logs, folders, code, meta)
         verdicts = judge(entry := read_entry(inside), static=True)
         if all(v.verdict != BAD for v in verdicts):  # what is wrong already need not be started
             verdicts.append(decide("runs", list(RULES["runs"](entry))))
@@ -115,11 +115,9 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_folder(
-    inside: Path, logs: list[TrainLog], folders: list[Path], code: bytes, sources: dict[str, str], meta: dict[str, str]
-) -> None:
+def write_folder(inside: Path, logs: list[TrainLog], folders: list[Path], code: bytes, meta: dict[str, str]) -> None:
     facts = layout.describe_runs(logs, len(code))
-    mode = logs[0].last("result")["score_mode"]
+    mode, sources = logs[0].last("result")["score_mode"], counted_sources(logs[0].moe_experts)
     (inside / "train_gpt.py").write_bytes(code)
     (inside / "train_gpt_human.py").write_text(join_sources(sources), encoding="utf-8")
     shutil.copyfile(ROOT / "requirements.txt", inside / "requirements.txt")
