@@ -142,6 +142,30 @@ def test_scores_are_those_of_one_forward_per_token(mode, changes, rule, length, 
     assert found.bytes == counter.count(part[:-1].numpy(), part[1:].numpy())
 
 
+@torch.no_grad()
+def score_with_all_logits(scorer: WindowScorer, tokens: torch.Tensor) -> float:
+    """Nats of windows of seq_len with the logits of every position computed, scored or not: what a scorer must beat."""
+    nats, windows = 0.0, scorer.windows(len(tokens))
+    for at in range(0, len(windows), scorer.config.score_batch):
+        batch = windows[at : at + scorer.config.score_batch]
+        rows = torch.full((len(batch), scorer.length), scorer.config.bos_id)
+        for row, w in zip(rows, batch):
+            row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
+        log_probs = scorer.model.logits(scorer.model(rows)).log_softmax(-1)
+        for row, w in zip(log_probs, batch):
+            picked = row[w.first - 1 - w.start : w.stop - 1 - w.start].gather(1, tokens[w.first : w.stop, None])
+            nats -= picked.double().sum().item()
+    return nats
+
+
+def test_scores_are_those_of_all_logits(tokens, counter):
+    config = tiny_config(stride=8)
+    model = tiny_model(config)
+    scorer = build_scorer("sliding", model, config, tiny_context())
+    found = score("sliding", model, config, tiny_context(), tokens, counter).nats
+    assert found == pytest.approx(score_with_all_logits(scorer, tokens), rel=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["plain", "sliding", "banded", "lora"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_parts_of_the_ranks_add_up(mode, world, tokens, counter):
