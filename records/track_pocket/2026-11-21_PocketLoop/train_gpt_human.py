@@ -1,0 +1,2735 @@
+# The readable source of the packed train_gpt.py beside it: the files that it was packed from, unchanged,
+# one below the other. To read, not to run.
+# ==== train_gpt.py ====
+"""loopgolf: train a looped language model for a fixed time, put it in a file, prove how well that file predicts text.
+
+A few physical blocks are applied many times in the order that a *loop plan* gives ("abcdabc"). Weights are trained on
+the integer grid that they are stored in, compressed into an artifact that has to fit 16,000,000 bytes together with
+this code, and the score (bits per byte) is computed from that file, reloaded.
+
+    python train_gpt.py                                          the recipe for this machine
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        the same on eight GPUs
+    python train_gpt.py --score runs/ID/artifact.lg              score a finished file
+
+Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
+9 evaluation, 10 training, 11 main. Dimension letters: B batch, T tokens, D width, H heads, G query heads per
+key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import struct
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data.shards import DataError, find_shards, read_shard
+from kernels.rans import decode_matrices, encode_matrices
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Config
+# ----------------------------------------------------------------------------------------------------------------------
+# One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
+
+
+class Stop(Exception):
+    """Ends the run with one line that names what is wrong and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(Stop):
+    """A setting that cannot work."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
+
+    plan: str = "abcdabc"  # order in which the physical blocks are applied
+    depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
+    max_r: int = 0  # most repetitions that are sampled and have rows in the per-pass tables; at least depth
+    bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
+    score_depth: int = 0  # repetitions while scoring (0 = depth)
+    skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
+    vocab_size: int = 1024  # size of the tokenizer's vocabulary
+    bos_id: int = 1  # token that starts every document
+    model_dim: int = 1024  # width of the residual stream
+    inject: str = "concat"  # how ^ mixes the kept stream into the present one: concat (a matrix on both) or add
+    block_norm: str = "pre"  # norms of a block: pre (before attention and MLP), sandwich (after each sum too)
+    norm_weights: bool = False  # norms of the stream have a learned weight per channel
+    embed_norm: bool = True  # norm the embeddings
+    pass_scales: bool = True  # every pass mixes the embedding in and scales what its block adds, per channel
+    adapter_rank: int = 0  # rank of an adapter that every pass has before its attention (0 = none)
+    windows: str = ""  # reach of each block's attention in turn: L the context, S half of it (empty = L)
+    tied: bool = True  # the head is the token embedding
+    mlp: str = "relu2"  # relu2, or swiglu: a second projection gates the hidden layer
+    moe_experts: int = 0  # SwiGLU experts that tokens are sent to, beside the MLP of every block (0 = no mixture)
+    moe_hidden: int = 1024  # hidden width of an expert
+    moe_top: int = 2  # experts that each token is sent to
+    num_heads: int = 32  # query heads
+    num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
+    mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
+    seq_len: int = 2048  # tokens in a training sequence and in a scoring window
+    rope_dims: int = 16  # dimensions of each head that rotate with position
+    rope_base: float = 10000.0  # slowest wavelength of the rotation, in tokens over 2 pi
+    qk_norm: bool = True  # norm queries and keys
+    q_gain: float = 1.5  # initial gain on the queries of a head (0 = no gain)
+    xsa_passes: str = "all"  # passes with exclusive self attention: none, all, last4 or 3,5,6
+    ve_passes: str = "last2"  # passes whose values get a token's value embedding (same forms)
+    ve_dim: int = 128  # width of the value embedding table
+    smear: bool = True  # mix each embedding with the previous token's, per channel
+    bigram_buckets: int = 10240  # rows of the hashed bigram table (0 = none)
+    bigram_dim: int = 128  # width of the bigram table
+    softcap: float = 30.0  # logits are squashed into plus or minus this (0 = they are not)
+    doc_attention: bool = False  # attention stops at document boundaries
+    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
+    stride: int = 64  # tokens that a sliding window scores
+    band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
+    ttt_windows: str = "banded"  # sgd: how its tokens are scored, sliding or banded
+    ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
+    ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
+    ttt_momentum: float = 0.9  # sgd: momentum
+    ttt_epochs: int = 3  # sgd: passes over each chunk
+    ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
+    ttt_clip: float = 1.0  # sgd: largest gradient norm
+    ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
+    lora_rank: int = 8  # lora: rank of the adapters that each document gets
+    lora_chunk: int = 256  # lora: tokens of a document that are scored before its adapters learn from them
+    lora_lr: float = 0.01  # lora: learning rate of the adapters (Adam)
+
+
+@dataclass(frozen=True)
+class Config(Stored):
+    """Every setting of a run. The defaults are those of recipe 4b7l; the comments are what --help prints."""
+
+    recipe: str = "4b7l"  # named set of settings that the other options change
+    loop_start: float = 0.0  # fraction of the budget before which every group of the plan runs once
+    sample_depth: bool = False  # draw r anew for every step: 1 + Poisson(LogNormal of mean depth), at most max_r
+    optimizer: str = "muon"  # of the matrices, with Adam for the rest; or lion for all
+
+    seed: int = 1337  # seed of the initial weights
+    iterations: int = 0  # train this many steps instead of for a time (0 = use the time budget)
+    max_wallclock_seconds: float = 600.0  # training budget in seconds
+    batch_tokens: int = 524288  # tokens in one optimizer step, over all ranks
+    micro_batch: int = 0  # sequences in one forward pass of a rank; more are accumulated (0 = all)
+    checkpoint_passes: bool = False  # keep only the input of every pass and compute it again for the gradient
+    matrix_lr: float = 0.02  # Muon learning rate of the matrices
+    table_lr: float = 0.02  # Adam learning rate of the embedding tables
+    vector_lr: float = 0.01  # Adam learning rate of gains, scales, mixes, gates and skips
+    momentum: float = 0.99  # Muon momentum
+    momentum_start: float = 0.85  # Muon momentum at the first step
+    momentum_warmup: float = 0.084  # fraction of the budget over which the momentum rises
+    weight_decay: float = 0.04  # decay of matrices and tables, times the learning rate
+    beta1: float = 0.9  # Adam: memory of the gradient
+    beta2: float = 0.95  # Adam: memory of the squared gradient
+    grad_clip: float = 0.3  # largest norm of the whole gradient (0 = no clipping)
+    warmdown: float = 0.59  # last fraction of the budget over which the learning rate falls
+    final_lr: float = 0.0  # learning rate at the end, as a fraction of the peak
+    average: str = "swa"  # what is exported: none (last weights), swa (equal mean), ema (decaying mean)
+    average_start: float = 0.88  # fraction of the budget after which weights are averaged
+    average_every: int = 50  # steps between two weights in the average
+    ema_decay: float = 0.9  # what the decaying mean keeps of itself each time
+
+    core_bits: int = 6  # bits of a code in the matrices of blocks that the plan repeats
+    edge_bits: int = 6  # bits of a code in all other matrices
+    embed_bits: int = 8  # bits of a code in the token embedding
+    table_bits: int = 8  # bits of a code in the bigram and value tables
+    core_k: float = 12.85  # step of a row's grid: k_scale * k * std(row) / largest code
+    edge_k: float = 12.85  # the same for all other matrices
+    embed_k: float = 20.0  # the same for the token embedding
+    table_k: float = 20.0  # the same for the bigram and value tables
+    k_scale: float = 0.0  # coarseness of all grids (0 = the finest that is useful, or as coarse as byte_limit needs)
+    calibration_tokens: int = 131072  # training tokens that steer the rounding when byte_limit binds (0 = plain)
+    export_reserve: float = 0.01  # fraction of a time budget that is kept for them; then time decides, not tokens
+    byte_limit: int = 16_000_000  # largest code + artifact in bytes (0 = no limit)
+    code_reserve: int = 24_000  # bytes that a run sets aside for the code
+
+    also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, none or a score_mode
+    score_tokens: int = 0  # score only this prefix of the validation tokens (0 = all)
+    score_batch: int = 32  # windows in one forward pass of a rank while scoring
+    eval_budget: float = 600.0  # seconds for val_bpb: adaptation stops in time for the rest to be scored without it
+
+    data_path: str = "data/fineweb_sp1024"  # dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model
+    tokenizer_path: str = ""  # SentencePiece model (empty = tokenizer.model in data_path)
+    run_id: str = ""  # name of the folder under runs/ (empty = date and time)
+    resume: str = ""  # continue the run in this folder from its checkpoint
+    score: str = ""  # score this artifact instead of training
+    dry_run: bool = False  # print sizes and forecasts, then stop
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto, float32 or bfloat16: what the forward and backward pass compute in
+    compile: str = "auto"  # auto, none, block (each block once) or full (the whole graph)
+    checkpoint_every_s: float = 60.0  # seconds between checkpoints (0 = only when interrupted)
+    log_every: int = 10  # steps between two train lines
+
+    def __post_init__(self) -> None:
+        plan, bounds = parse_plan(self.plan), {name: pair for pair, names in LIMITS.items() for name in names.split()}
+        for name, value in asdict(self).items():
+            low, high = bounds.get(name, (0, MOST))
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ConfigError(f"{name}={value}: must lie between {low} and {high}")
+        for name, words in CHOICES.items():
+            value = getattr(self, name)
+            for word in value.split(",") if name == "also" else [value]:
+                if word not in words:
+                    raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
+        n_passes, most = (plan.count_passes(depth) for depth in (self.rows, max(self.rows, self.score_depth)))
+        for name, is_wrong, why in (
+            ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
+            ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
+            ("model_dim", self.moe_experts and self.model_dim % 8, "must be divisible by 8"),
+            ("moe_hidden", self.moe_hidden % 8, "must be divisible by 8"),
+            ("moe_top", self.moe_top > self.moe_experts > 0, f"must be at most moe_experts={self.moe_experts}"),
+            ("batch_tokens", self.batch_tokens % self.seq_len, f"must be divisible by seq_len={self.seq_len}"),
+            ("rope_dims", self.rope_dims % 2, "must be even"),
+            ("rope_dims", self.rope_dims > self.head_dim, f"must be at most {self.head_dim}, the width of a head"),
+            ("stride", self.stride > self.seq_len, f"must be at most seq_len={self.seq_len}"),
+            ("band", self.band > self.seq_len, f"must be at most seq_len={self.seq_len}"),
+            ("bos_id", self.bos_id >= self.vocab_size, f"must be below vocab_size={self.vocab_size}"),
+            ("skips", self.skips == "unet" and plan.is_variable, "needs a plan without *r; use --skips none"),
+            ("plan", most > 512, f"has {most} passes, at most 512 are built"),
+            ("sample_depth", self.sample_depth and not plan.is_variable, "needs a plan with *r"),
+            ("windows", set(self.windows) - set("LS"), "is made of the letters L and S"),
+            ("ttt_freeze", set(self.ttt_freeze) - set(plan.names), f"the plan has only the blocks {plan.names}"),
+        ):
+            if is_wrong:
+                raise ConfigError(f"{name}={getattr(self, name)}: {why}")
+        for name in ("xsa_passes", "ve_passes"):
+            parse_pass_set(name, getattr(self, name), n_passes)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rows(self) -> int:
+        """Repetitions of the *r group that have rows of their own in the per-pass tables."""
+        return max(self.depth, self.max_r)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or Path(self.data_path) / "tokenizer.model")
+
+    def stored(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(Stored)}
+
+
+# What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
+LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
+PLAIN = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
+BARE = PLAIN | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
+RECURSIVE = BARE | dict(
+    plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
+    num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
+    table_lr=0.2,
+)  # fmt: skip
+OSRT = BARE | dict(
+    plan="(ab~)*6", adapter_rank=16, norm_weights=True, embed_norm=False, qk_norm=False, mlp="swiglu", mlp_mult=2.7,
+    vocab_size=50304, model_dim=1280, num_heads=20, num_kv_heads=20, rope_dims=64, softcap=0.0, optimizer="lion",
+    matrix_lr=1e-4, table_lr=1e-4, vector_lr=1e-4, beta2=0.99, weight_decay=0.3, grad_clip=1.0, warmdown=1.0,
+    final_lr=0.1, batch_tokens=131072,
+)  # fmt: skip
+RECIPES = {
+    "4b7l": {},
+    "pocket": dict(
+        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
+        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
+        final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536, score_batch=16,
+        ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
+        calibration_tokens=32768,
+    ),
+    "frontier": LEAN | dict(
+        plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
+        mlp_mult=4.0, batch_tokens=786432, data_path="data/fineweb_sp8192",
+    ),
+    "baseline9": PLAIN | dict(
+        plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, matrix_lr=0.04,
+        table_lr=0.05, vector_lr=0.04, momentum=0.95, momentum_warmup=0.036, grad_clip=0.0, warmdown=0.087, edge_bits=8,
+    ),
+    "recursive_d20": RECURSIVE,
+    "looped_s20": RECURSIVE | dict(
+        plan="ab(^cdef~~)*rgh", block_norm="sandwich", norm_weights=True, windows="LLSSSLLL", warmdown=0.5,
+        weight_decay=0.072, grad_clip=0.0, table_lr=0.3, vector_lr=0.005,
+    ),
+    "osrt_v3": OSRT,
+    "osrt_v4": OSRT | dict(
+        plan="(abc~)*6", mlp_mult=8 / 3, moe_experts=11, vocab_size=65536, model_dim=1536, num_heads=24,
+        num_kv_heads=24, matrix_lr=6e-4, table_lr=6e-4, vector_lr=6e-4, checkpoint_passes=True, code_reserve=25_000,
+    ),
+}  # fmt: skip
+
+CHOICES = {
+    "recipe": RECIPES,
+    "skips": ("none", "unet"),
+    "inject": ("concat", "add"),
+    "block_norm": ("pre", "sandwich"),
+    "mlp": ("relu2", "swiglu"),
+    "optimizer": ("muon", "lion"),
+    "average": ("none", "swa", "ema"),
+    "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
+    "ttt_windows": ("sliding", "banded"),
+    "also": ("trained", "averaged", "plain", "sliding", "banded", "sgd", "lora", "none"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "compile": ("auto", "none", "block", "full"),
+}
+MOST = 2**40
+LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from a stranger's artifact
+    (-MOST, MOST): "seed",
+    (0, 0.5): "export_reserve",
+    (0, 0.9999): "beta1 beta2",
+    (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
+    (0, 256): "max_r score_depth",
+    (0, 1000): "ttt_epochs",
+    (0, 65536): "adapter_rank moe_experts",
+    (0, 2**24): "bigram_buckets",
+    (0.01, 64): "mlp_mult",
+    (0.1, MOST): "max_wallclock_seconds core_k edge_k embed_k table_k",
+    (1, 256): "depth",
+    (1, 65536): "num_heads num_kv_heads ve_dim bigram_dim moe_hidden moe_top score_batch ttt_batch lora_rank",
+    (1, MOST): "rope_base batch_tokens average_every stride ttt_chunk lora_chunk log_every",
+    (2, 8): "core_bits edge_bits embed_bits table_bits",
+    (2, 65536): "vocab_size model_dim",
+    (2, 2**20): "seq_len",
+}
+
+
+def did_you_mean(word: str, words) -> str:
+    near = difflib.get_close_matches(word, list(words), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def cast_option(name: str, text: str, default) -> object:
+    """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
+    kind = type(default)
+    try:
+        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
+
+
+def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
+    """`--name value`, `--name=value`, and a bare `--dry_run` for booleans."""
+    found, words = {}, deque(argv)
+    while words:
+        word = words.popleft()
+        name, has_value, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in defaults:
+            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
+            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
+        if not has_value:
+            is_bare = not words or words[0].startswith("--")
+            if is_bare and not isinstance(defaults[name], bool):
+                raise ConfigError(f"option {word} needs a value")
+            text = "1" if is_bare else words.popleft()
+        found[name] = cast_option(name, text, defaults[name])
+    return found
+
+
+def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    from_env = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
+    on_line = parse_command_line(argv, defaults)
+    given = from_env | on_line
+    if given.get("resume"):
+        folder = Path(given["resume"])
+        origin, base = "resume", load_started_config(folder, given)
+        given["run_id"] = folder.name
+    else:
+        origin, recipe = "recipe", given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
+        base = {"recipe": recipe} | RECIPES.get(recipe, {})
+    layers = {"default": defaults, origin: base, "env": from_env, "cli": on_line}
+    source = {name: layer for layer, values in layers.items() for name in values}
+    return Config(**(defaults | base | given)), source
+
+
+def load_started_config(folder: Path, given: dict[str, object]) -> dict:
+    """A resumed run keeps the config that it was started with; only what does not change its result may differ."""
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        if not holds_fields(stored, Config):
+            raise ValueError("other fields")
+    except (OSError, ValueError):
+        raise ConfigError(f"resume={folder}: config.json there is missing, damaged or of another version") from None
+    for name, value in given.items():
+        if name not in ("resume", "run_id", "checkpoint_every_s", "log_every") and stored[name] != value:
+            raise ConfigError(f"{name}={value}: the run in {folder} was started with {stored[name]}; leave it out")
+    return stored
+
+
+def holds_fields(values, kind: type[Stored]) -> bool:
+    """Whether something read from JSON has exactly the fields of a config, each of its type."""
+    types = {f.name: type(f.default) for f in fields(kind)}
+    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
+
+
+def help_text() -> str:
+    """Every option with the comment behind its field; a packed script has no comments and lists the names."""
+    notes = dict(
+        re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
+    title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
+    return "\n".join([title, *lines])
+
+
+@dataclass
+class Pass:
+    """One application of a physical block."""
+
+    block: int
+    slot: int  # row of the per-pass tables
+    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
+    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
+    norm: bool = False  # a norm follows this pass
+    ends: bool = False  # a repetition of a group ends with this pass
+    left: int = -1  # inside the *r group: its repetitions that still follow
+
+
+@dataclass(frozen=True)
+class Group:
+    """`(items)*count` of a plan; count 0 stands for r."""
+
+    items: tuple[int | Group, ...]  # blocks are numbers
+    count: int = 1
+    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
+    norms: int = 0  # 1 between repetitions, 2 after each
+
+    def count_passes(self, depth: int) -> int:
+        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
+
+    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
+        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
+        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
+        passes, repetitions = [], self.count or rows
+        stride = self.count_passes(rows) // repetitions
+        last = (self.count or depth if depth else 1) - 1
+        for repetition in range(last + 1):
+            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
+            for item in self.items:
+                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
+                at += item.count_passes(rows) if isinstance(item, Group) else 1
+            passes[first].inject = self.inject + passes[first].inject
+            if repetition == 0:
+                passes[first].enter = self.inject + passes[first].enter
+            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
+            passes[-1].ends |= self.count != 1
+            if not self.count:
+                for p in passes[first:]:
+                    p.left = last - repetition
+        return passes
+
+
+@dataclass(frozen=True)
+class Plan(Group):
+    """A parsed loop plan."""
+
+    names: str = ""  # letters of the blocks in order of first appearance
+    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
+    is_variable: bool = False  # one group repeats r times
+
+    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
+        return tuple(self.expand(depth, rows))
+
+
+@functools.lru_cache
+def parse_plan(text: str) -> Plan:
+    """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
+    names, opened, at = {}, [], 0
+    item = "a block letter or '(' (nested at most 16 deep)"
+
+    def take(pattern: str, expected: str = "") -> str:
+        nonlocal at
+        found = re.compile(pattern).match(text, at)
+        if not found:
+            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
+        at = found.end()
+        return found[0]
+
+    def items(nesting: int) -> tuple[int | Group, ...]:
+        found = []
+        while not found or re.match("[a-zA-Z(]", text[at:]):
+            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
+            if mark.isalpha():
+                found.append(names.setdefault(mark, len(names)))
+                continue
+            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
+            opened.append(inject)
+            inner = items(nesting + 1)
+            norms = len(take("~{0,2}"))
+            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
+            take(r"\*", "'*' and a count, as in (ab)*3")
+            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
+            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
+            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
+        return tuple(found)
+
+    if len(text) > 1000:
+        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
+    tree = items(0)
+    take(r"\Z", item)
+    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
+
+
+def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
+    """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
+    passes = range(n_passes)
+    try:
+        if text in ("none", "all"):
+            chosen = passes if text == "all" else ()
+        elif text.startswith("last"):
+            chosen = range(n_passes - int(text[4:]), n_passes)
+        else:
+            chosen = [int(word) for word in text.split(",")]
+        if all(number in passes for number in chosen):
+            return frozenset(chosen)
+    except ValueError:
+        pass
+    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Run context
+# ----------------------------------------------------------------------------------------------------------------------
+# Where this process runs: rank, device, dtype, log. The ranks of a run only ever agree through the methods here.
+
+
+class Log:
+    """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
+
+    def open(self, path: Path) -> None:
+        if not self.quiet:
+            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+            self.file.write(early)
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+            print(text, file=self.file, flush=True)
+
+    def __call__(self, event: str, **pairs) -> None:
+        self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
+
+
+def format_value(value) -> str:
+    """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
+
+
+def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    # disable=None hides it where there is no terminal
+    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: str
+    log: Log
+    code_bytes: int = 0
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in the order of ranks."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
+        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: the one sync of a step."""
+        mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
+        rows = torch.stack(self.gather(mine))
+        return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
+
+
+def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
+    """Joins the process group that torchrun announces in the environment; alone otherwise."""
+
+    def choose(name: str, by_itself: str) -> str:
+        return by_itself if getattr(config, name) == "auto" else getattr(config, name)
+
+    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    has_gpu = torch.cuda.is_available()
+    on_gpu = choose("device", "cuda" if has_gpu else "cpu") == "cuda"
+    if on_gpu and not has_gpu:
+        raise ConfigError("device=cuda: this machine has no usable CUDA device; use --device cpu")
+    device = torch.device(f"cuda:{environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
+    has_bf16 = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = choose("dtype", "bfloat16" if has_bf16 else "float32")
+    # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
+    mode = choose("compile", "full" if on_gpu and not parse_plan(config.plan).is_variable else "block")
+    log = Log(quiet=rank != 0)
+    if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
+        log.line(f"# running uncompiled, about half as fast: {fault}")
+        mode = "none"
+    return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
+
+
+def find_compiler_fault() -> str:
+    """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except Exception as error:
+        return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
+    return ""
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
+
+    def __init__(self, ctx: RunContext, used_s: float = 0.0):
+        self.ctx, self.used_s = ctx, used_s
+
+    def start(self) -> None:
+        self.ctx.sync()
+        self.ctx.log("clock", what="start", used_s=self.used_s)
+        self.started_at = time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds used, once everything launched so far is done."""
+        self.ctx.sync()
+        return self.used_s + time.perf_counter() - self.started_at
+
+    def stop(self) -> float:
+        total = self.read()
+        self.ctx.log("clock", what="stop", used_s=total)
+        return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens come from memory-mapped shards; the batch of a step is a pure function of the step, so that a resumed run, a
+# warm-up or another number of ranks never moves the data.
+
+
+class TokenStream:
+    """The shards of one split as one long row of tokens that repeats after its end."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.paths = find_shards(folder, split)
+        self.shards = [read_shard(path) for path in self.paths]
+        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
+        if highest >= vocab_size:
+            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.total = int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            start %= self.total
+            index = np.searchsorted(self.starts, start, side="right") - 1
+            pieces.append(self.shards[index][start - self.starts[index] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
+        return digest.hexdigest()
+
+
+def load_batch(stream: TokenStream, step: int, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
+    """This rank's sequences of a step and their targets, (sequences, T) each."""
+    share = config.batch_tokens // ctx.world
+    span = stream.read(step * config.batch_tokens + ctx.rank * share, share + 1)
+    return split_span(torch.from_numpy(span), config, ctx)
+
+
+def split_span(tokens: Tensor, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
+    """Consecutive tokens, one more than whole sequences, to inputs and targets on the device."""
+    if ctx.device.type == "cuda":
+        tokens = tokens.pin_memory().to(ctx.device, non_blocking=True)
+    return tokens[:-1].view(-1, config.seq_len), tokens[1:].view(-1, config.seq_len)
+
+
+def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """The tokenizer and the sha256 of its file."""
+    path = config.tokenizer_file
+    if not path.is_file():
+        find_shards(config.data_path, "val")  # the folder itself may be what is missing
+        raise DataError(f"{path}: no tokenizer there; set --tokenizer_path")
+    content = path.read_bytes()
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model") from None
+    if tokenizer.vocab_size() != config.vocab_size:
+        raise ConfigError(f"vocab_size={config.vocab_size}: {path} has {tokenizer.vocab_size()}; set --vocab_size")
+    return tokenizer, hashlib.sha256(content).hexdigest()
+
+
+class ByteCounter:
+    """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
+    is a boundary (a control, unknown or unused id)."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        ids = range(tokenizer.vocab_size())
+        is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
+        pieces = [tokenizer.id_to_piece(i) for i in ids]
+        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
+        self.own_bytes, self.is_boundary = np.where(is_special, 0, own), np.array(is_special)
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
+
+    def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
+        spaces = self.has_space[targets] & ~self.is_boundary[previous]
+        return int(self.own_bytes[targets].sum() + spaces.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Schedules
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions of progress, the fraction of the budget that is used once the coming step is done. A slower machine
+# follows the same curves.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes over a run, for one step."""
+
+    lr_scale: float
+    momentum: float
+    depth: int
+
+
+def draw_depths(config: Config, key, count: int) -> np.ndarray:
+    """r as training samples it: its mean is about depth + 1, and the same key draws the same on every rank."""
+    generator = np.random.default_rng(key)
+    rates = generator.lognormal(math.log(config.depth) - 0.125, 0.5, count)  # of mean depth
+    return np.minimum(1 + generator.poisson(rates), config.rows)
+
+
+def expect_depth(config: Config, most: int = 0) -> float:
+    """E[min(r, most)], over a million draws; most = 0: E[r]."""
+    draws = draw_depths(config, 0, 1 << 20) if config.sample_depth else np.array([config.depth])
+    return float(np.minimum(draws, most or math.inf).mean())
+
+
+def settings_at(config: Config, progress: float, step: int = 0) -> Settings:
+    left = min(1.0, (1.0 - progress) / config.warmdown) if config.warmdown else 1.0
+    risen = min(1.0, progress / config.momentum_warmup) if config.momentum_warmup else 1.0
+    key = config.seed % 2**64, step
+    depth = int(draw_depths(config, key, 1)[0]) if config.sample_depth else config.depth
+    return Settings(
+        lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
+        momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
+        depth=0 if progress < config.loop_start else depth,
+    )
+
+
+class Budget:
+    """Decides before each step whether it may start and how far the run will be once it is done."""
+
+    def __init__(self, config: Config, reserve: float = 0.0):
+        self.iterations, self.seconds = config.iterations, (1 - reserve) * config.max_wallclock_seconds
+        self.recent = deque(maxlen=8)  # seconds of the latest steps
+
+    def add_step(self, seconds: float) -> None:
+        self.recent.append(seconds)
+
+    def progress(self, step: int, used_s: float) -> float | None:
+        """None when the next step would pass the budget. The last step always reaches 1, so that schedules end."""
+        if self.iterations:
+            return (step + 1) / self.iterations if step < self.iterations else None
+        slowest = max(self.recent, default=0.0)
+        if used_s + slowest > self.seconds:
+            return None
+        ends_at = used_s + (sum(self.recent) / len(self.recent) if self.recent else 0.0)
+        return 1.0 if used_s + 2 * slowest > self.seconds else min(1.0, ends_at / self.seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Quantization
+# ----------------------------------------------------------------------------------------------------------------------
+# One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
+# code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
+
+FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
+CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    bits: int
+    k: float
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
+
+
+def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
+    return codes.float() * step.float()[:, None]
+
+
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
+    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
+    _, step = quantize_tensor(weight, grid)
+    order = hessian.diagonal().argsort(descending=True)
+    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    energy = hessian.diagonal().mean() + 1e-12
+    eye = torch.eye(len(order), device=hessian.device)
+    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
+        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
+        if not failed:
+            break
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
+    codes = torch.zeros_like(open_weight)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = torch.zeros_like(open_weight[:, start:stop])
+        for i in range(start, stop):
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
+            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
+        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
+
+
+def compute_gaussian_bits(grid: Grid) -> float:
+    """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
+    edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
+    below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
+    return compute_entropy(np.diff(below))
+
+
+def compute_entropy(weights: np.ndarray) -> float:
+    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
+    shares = weights[weights > 0] / weights.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dict[str, Tensor] | None = None) -> int:
+    """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
+    total = 6000.0  # header
+    for name, p in model.named_parameters():
+        if not (grid := grids[name]):
+            total += 1.7 * p.numel()  # fp16, compressed a little
+            continue
+        bits = compute_gaussian_bits(grid)
+        if weights:
+            codes, _ = quantize_tensor(weights[name][:: 1 + len(p) // 256], grid)  # some hundred rows are enough
+            bits = compute_entropy(torch.bincount(codes.flatten().long() + 128, minlength=256).double().cpu().numpy())
+        total += CODER_SHARE * bits * p.numel() / 8 + 2 * len(p)
+    return int(total)
+
+
+def build_grids(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Grid | None]:
+    """The grid of every parameter; None: stored in fp16."""
+    roles, given = ("core", "edge", "embed", "table"), asdict(config)
+    by_role = {role: Grid(given[f"{role}_bits"], k_scale * given[f"{role}_k"]) for role in roles}
+    return {name: by_role.get(model.role(name)) for name, _ in model.named_parameters()}
+
+
+def solve_k_scale(size_at: Callable[[float], int], room: int, config: Config) -> float:
+    """The finest k_scale whose file leaves nothing over `room` bytes."""
+    if size_at(FINEST) <= room:
+        return FINEST
+    if (least := size_at(COARSEST)) > room:
+        why = f"at least {least + config.code_reserve:,} bytes are needed, {config.code_reserve:,} of them for code"
+        raise DoesNotFit(f"byte_limit={config.byte_limit:,}: {why}; take a smaller --model_dim or a shorter --plan")
+    low, high = FINEST, COARSEST
+    while high - low > 1e-4 * high:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if size_at(middle) > room else (low, middle)
+    return high
+
+
+def is_limit_binding(config: Config, k_scale: float) -> bool:
+    """Whether the byte limit chose the grids."""
+    return not config.k_scale and k_scale > FINEST
+
+
+def plan_k_scale(config: Config, model: LoopedGPT) -> float:
+    """The coarseness to train at: given, or solved from the byte limit with Gaussian weights."""
+    if config.k_scale or not config.byte_limit:
+        return config.k_scale or FINEST
+    room = config.byte_limit - config.code_reserve
+    return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
+
+
+class DoesNotFit(Stop):
+    """The model cannot be stored within the byte limit."""
+
+    exit_code = 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks own the big matrices; the plan says in which order they are applied; what differs between passes is owned per
+# pass. One forward serves training, scoring, test-time training and generation.
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps=1e-6)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
+    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
+    if q.is_cuda:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if past or window < L or docs is not None:
+            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+            mask = (lag >= 0) & (lag < window)
+        if docs is not None:
+            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
+        return y.transpose(1, 2).reshape(B, T, H * K)
+    # On a CPU plain products in blocks of queries, which skip the keys that no query of the block may see, are several
+    # times faster than the library's kernel. The query heads that share keys are rows of one product.
+    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
+    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    out = []
+    for start in range(0, T, 128):
+        stop = min(start + 128, T)
+        low, high = max(0, past + start - window + 1), past + stop
+        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        lag = torch.arange(past + start, past + stop, device=q.device)[:, None]
+        lag = lag - torch.arange(low, high, device=q.device)
+        hidden = (lag < 0) | (lag >= window)
+        if docs is not None:
+            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
+            hidden = hidden | other[:, None, None]
+        scores = scores.float().masked_fill(hidden, -math.inf)
+        weights = scores.softmax(-1).to(v.dtype).view(B * J, -1, high - low)
+        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
+    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
+
+
+class Linear(nn.Module):
+    """A matrix without bias. `parts` counts the rows of each projection that it fuses."""
+
+    def __init__(self, fan_in: int, parts: tuple[int, ...], dtype: torch.dtype):
+        super().__init__()
+        self.parts = parts
+        self.weight = nn.Parameter(torch.empty(sum(parts), fan_in, dtype=dtype))
+
+    def forward(self, x: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """lora: for each row of the batch an adapter of its own, (B, fan_in, R) and (B, R, fan_out)."""
+        y = F.linear(x, self.weight)
+        return y if lora is None else y + x @ lora[0].to(x.dtype) @ lora[1].to(x.dtype)
+
+
+def vector(*shape: int) -> nn.Parameter | None:
+    """float32 whatever the matrices are; None where there is nothing of it."""
+    return nn.Parameter(torch.empty(shape)) if all(shape) else None
+
+
+class Reach(NamedTuple):
+    """How far a forward looks: rotations for all positions in sight, the attention window, documents if they matter."""
+
+    cos: Tensor  # (L, 1, half)
+    sin: Tensor
+    window: int
+    docs: Tensor | None  # (B, L) numbers of documents
+
+
+class Block(nn.Module):
+    """Attention and MLP of one physical block; everything else that a pass needs comes in as an argument."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, span: int, loops: int):
+        super().__init__()
+        D, K = config.model_dim, config.head_dim
+        self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
+        self.out = Linear(self.heads * K, (D,), dtype)
+        self.up = Linear(D, (config.mlp_dim,) * (2 if config.mlp == "swiglu" else 1), dtype)
+        self.down = Linear(config.mlp_dim, (D,), dtype)
+        self.q_gain = vector(self.heads * bool(config.q_gain))
+        has_moe = bool(config.moe_experts)
+        self.norms = vector(((4 if config.block_norm == "sandwich" else 2) + has_moe) * config.norm_weights, D)
+        self.gates = vector(2 * has_moe)  # of the MLP and of the mixture beside it
+        if has_moe:
+            try:
+                from kernels.moe import MoE  # packed only where it is asked for
+            except ImportError:
+                raise ConfigError(f"moe_experts={config.moe_experts}: pack this script --with kernels.moe") from None
+            self.moe = MoE(D, config.moe_hidden, config.moe_experts, config.moe_top, loops, Linear, dtype)
+
+    def forward(self, x, x0, mix, scale, adapter, loop, value, is_xsa: bool, reach: Reach, past, keep: bool, lora):
+        """x, x0 (B, T, D); mix, scale (2, D), adapter (2, D, R) and loop (D,), or None; value: added to the values, or
+        None; past: keys and values of earlier positions, or None; lora: adapters of the linear layers. Returns x; to
+        keep, all keys and values; the losses of the mixture, if there is one."""
+        if mix is not None:
+            mix = mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        if adapter is not None:
+            down, up = adapter.to(x.dtype)
+            x = x + x @ down @ up.T
+        y, kept = self.attention(self.norm(x, 0), value, is_xsa, reach, past, keep, lora.get("qkv"))
+        x = self.add(x, self.out(y, lora.get("out")), scale, 0)
+        y, losses = self.mlp(x, lora), []
+        if loop is not None:
+            mixed, *losses = self.moe(self.norm(x, -1), loop)
+            gates = self.gates.to(x.dtype)
+            y = gates[0] * y + gates[1] * mixed
+        return self.add(x, y, scale, 1), kept, losses
+
+    def norm(self, x: Tensor, index: int) -> Tensor:
+        return rms_norm(x, None if self.norms is None else self.norms[index])
+
+    def add(self, x: Tensor, y: Tensor, scale: Tensor | None, part: int) -> Tensor:
+        """The stream with what attention (part 0) or the MLP (part 1) made of it."""
+        x = x + (y if scale is None else scale[part].to(x.dtype) * y)
+        return self.norm(x, 2 + part) if self.config.block_norm == "sandwich" else x
+
+    def mlp(self, x: Tensor, lora: dict) -> Tensor:
+        """What the MLP makes of the stream; a branch beside it, on a norm of its own, would be added here."""
+        y = self.up(self.norm(x, 1), lora.get("up"))
+        if self.config.mlp == "swiglu":
+            gate, y = y.chunk(2, -1)
+            y = F.silu(gate) * y
+        else:
+            y = F.relu(y).square()
+        return self.down(y, lora.get("down"))
+
+    def attention(self, x, value, is_xsa, reach, past, keep, lora):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x, lora).split(self.qkv.parts, -1)
+        if value is not None:
+            v = v + value
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
+        own = v
+        if self.config.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        kept = (k, v) if keep else None
+        q, k = rotate(q, reach.cos[-T:], reach.sin[-T:]), rotate(k, reach.cos, reach.sin)
+        if self.q_gain is not None:
+            q = q * self.q_gain.to(q.dtype)[:, None]
+        y = attend(q, k, v, min(reach.window, self.span), reach.docs)
+        if is_xsa:  # exclusive self attention: nothing along a position's own value
+            y = y.view(B, T, self.kv_heads, -1, self.head_dim)
+            unit = F.normalize(own, dim=-1).unsqueeze(3)
+            y = (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
+        return y, kept
+
+
+class Cache:
+    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
+    look back on two), keys and values for the last window - 1. `repetitions` of the *r group keep keys and values of
+    their own; what comes deeper shares those of the last, so that 1 keeps those of the final repetition only."""
+
+    def __init__(self, window: int, repetitions: int = 256):
+        self.window, self.repetitions = window, repetitions
+        self.tokens: Tensor | None = None
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self.kept[0][0].shape[1] if self.kept else 0
+
+    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
+
+
+def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    logits = F.linear(x, weight).float()
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
+
+
+class LoopedGPT(nn.Module):
+    """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
+        super().__init__()
+        self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
+        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        self.uses = [p.block for p in self.plan.passes(config.rows, config.rows)]  # block of each row of the tables
+        P = len(self.uses)
+        self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
+        self.value_rows = {p: i for i, p in enumerate(sorted(parse_pass_set("ve_passes", config.ve_passes, P)))}
+        self.embed = nn.Embedding(config.vocab_size, D, dtype=dtype)
+        if not config.tied:
+            self.unembed = nn.Embedding(config.vocab_size, D, dtype=dtype)
+        spans = [(config.seq_len + 1) // 2 if kind == "S" else MOST for kind in config.windows or "L"]
+        self.blocks = nn.ModuleDict()
+        for i, name in enumerate(self.plan.names):
+            self.blocks[name] = Block(config, dtype, spans[i % len(spans)], self.uses.count(i))
+        self.mixes, self.scales = vector(P * config.pass_scales, 2, D), vector(P * config.pass_scales, 2, D)
+        self.adapters = vector(P, 2, D, config.adapter_rank)
+        self.skips = vector(P // 2 * (config.skips == "unet"), D)
+        self.smear_gate = vector(D * config.smear)
+        if config.bigram_buckets:
+            self.bigram = nn.Embedding(config.bigram_buckets, config.bigram_dim, dtype=dtype)
+            self.bigram_out = Linear(config.bigram_dim, (D,), dtype)
+        if self.value_rows:
+            self.value = nn.Embedding(config.vocab_size, config.ve_dim, dtype=dtype)
+            self.value_out = Linear(config.ve_dim, (kv_dim,), dtype)
+        self.value_scales = vector(len(self.value_rows))
+        mixed = self.plan.injected if config.inject == "concat" else ()
+        self.inject = nn.ModuleDict({str(g): Linear(2 * D, (D,), dtype) for g in mixed})
+        normed = ["embed"] * config.embed_norm + ["loop"] * ("~" in config.plan) + ["final"]
+        self.norms = nn.ParameterDict({name: vector(D) for name in normed if config.norm_weights})
+
+        def compiled(function, *modes: str):
+            return torch.compile(function, dynamic=False) if compile_mode in modes else function
+
+        self.run_states = compiled(LoopedGPT.states, "full")
+        # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
+        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss, "block", "full")
+
+    def role(self, name: str) -> str:
+        """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
+        owner = self.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding):
+            return "embed" if "embed." in name else "table"
+        if not isinstance(owner, Linear):
+            return "vector"
+        part, letter, *_ = name.split(".")
+        return "core" if part == "blocks" and self.uses.count(self.plan.names.index(letter)) > 1 else "edge"
+
+    def kind(self, name: str) -> str:
+        """matrix, table or vector: which optimizer a parameter gets."""
+        return {"core": "matrix", "edge": "matrix", "embed": "table"}.get(self.role(name), self.role(name))
+
+    def init_weights(self, seed: int) -> None:
+        """Orthogonal matrices, except those that write to the stream: they start at zero, so every block is a no-op.
+        Drawn on the CPU, so that every device and rank starts from the same weights."""
+        generator = torch.Generator().manual_seed(seed)
+        ones = {"mixes", "scales", "skips", "value_scales"}
+        tables = {"embed.weight": 0.005 if self.config.tied else 1.0, "bigram.weight": 0.01, "value.weight": 0.01}
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                fresh = torch.zeros(p.shape)
+                if name in tables:
+                    fresh.normal_(std=tables[name], generator=generator)
+                elif name in ones or "norms" in name:
+                    fresh.fill_(1.0)
+                elif name.endswith("gates"):
+                    fresh.fill_(0.5)
+                elif name.endswith(("router", "loops")):
+                    fresh.normal_(std=0.02, generator=generator)
+                elif name.endswith("q_gain"):
+                    fresh.fill_(self.config.q_gain)
+                elif name.startswith("inject"):
+                    fresh[:, : p.shape[0]] = torch.eye(p.shape[0])
+                elif name.endswith(("qkv.weight", "up.weight", "value_out.weight")):
+                    for part in fresh.split(self.get_submodule(name.removesuffix(".weight")).parts):
+                        nn.init.orthogonal_(part, generator=generator)
+                if name == "mixes":
+                    fresh[:, 1] = 0.0
+                if name == "adapters":
+                    fresh[:, 0].normal_(std=0.01, generator=generator)
+                if name == "value_out.weight":
+                    fresh /= math.sqrt(2 * len(self.uses))
+                p.copy_(fresh)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, 2 + T) tokens to (B, T, D): two are only looked back on. Nothing passes a BOS from left to right."""
+        config = self.config
+        is_start = tokens[:, 1:] == config.bos_id
+        previous = torch.where(is_start, config.bos_id, tokens[:, :-1])
+        x = self.embed(tokens[:, 1:])
+        if config.bigram_buckets:
+            x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
+        if config.embed_norm:
+            x = rms_norm(x, self.norms.get("embed"))
+        if not config.smear:
+            return x[:, 1:]
+        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
+        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, (length, 1, half); the frequencies cover the whole range whatever part of a head rotates."""
+        half = self.config.rope_dims // 2
+        speed = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / max(half, 1))
+        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None]
+        return angle.cos().to(self.embed.weight.dtype), angle.sin().to(self.embed.weight.dtype)
+
+    def forward(self, tokens: Tensor, depth: int | None = None, cache: Cache | None = None, lora=None, watch=None):
+        return self.run(tokens, depth, cache, lora, watch)[0]
+
+    def run(self, tokens: Tensor, depth: int | None, cache: Cache | None = None, lora=None, watch=None):
+        depth = self.config.score_depth or self.config.depth if depth is None else depth
+        run = LoopedGPT.states if watch else self.run_states
+        return run(self, tokens, depth, cache, lora or {}, watch)
+
+    def states(
+        self,
+        tokens: Tensor,
+        depth: int,
+        cache: Cache | None,
+        lora: dict[str, dict],
+        watch: Callable[[Pass, Tensor], Tensor] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, T) tokens to normalised states (B, T, D), and the losses of every pass with a mixture. `depth` is the r
+        of the plan (0: every group once). With a cache the tokens continue its stream. `lora` holds adapters by block
+        and layer. `watch` sees the stream after every pass, before a norm of the plan, and returns the stream that goes
+        on; then nothing is compiled."""
+        config, T = self.config, tokens.shape[1]
+        passes = self.plan.passes(depth, config.rows)
+        slots = [p.slot for p in self.plan.passes(depth, cache.repetitions)] if cache else []
+        past = cache.length if cache else 0
+        start = tokens.new_full((len(tokens), 2), config.bos_id)
+        seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
+        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
+        reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
+        x0 = self.embed_tokens(seen[:, -T - 2 :])
+        x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
+        value = self.value_out(self.value(tokens)) if self.value_rows else None
+        n_skips = len(passes) // 2 if config.skips == "unet" else 0
+        run_block = Block.forward if watch else self.run_block
+        if config.checkpoint_passes:
+            run_block = functools.partial(checkpoint, run_block, use_reentrant=False)
+        entered, pushed, routing = {}, [], []
+        for index, p in enumerate(passes):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not 0 < config.bptt <= p.left):
+                entered |= dict.fromkeys(p.enter, x)
+                for group in p.inject:
+                    e = entered[group]
+                    x = self.inject[str(group)](torch.cat((e, x), -1)) if self.inject else x + e
+                if n_skips <= index < 2 * n_skips:
+                    x = x + self.skips[len(pushed) - 1].to(x.dtype) * pushed.pop()
+                tables = (t if t is None else t[p.slot] for t in (self.mixes, self.scales, self.adapters))
+                row = self.value_rows.get(p.slot)
+                keeps = cache is not None and slots[index] not in slots[index + 1 :]  # the last pass that shares it
+                block = self.blocks[name := self.plan.names[p.block]]
+                loop = block.moe.loops[self.uses[: p.slot].count(p.block)] if config.moe_experts else None
+                x, kept, losses = run_block(
+                    block, x, x0, *tables, loop,
+                    None if row is None else self.value_scales[row].to(x.dtype) * value, p.slot in self.xsa, reach,
+                    cache.kept.get(slots[index]) if cache else None, keeps, lora.get(name, {}),
+                )  # fmt: skip
+                routing += losses
+                if watch:
+                    x = watch(p, x)
+                if p.norm:
+                    x = rms_norm(x, self.norms.get("loop"))
+                if index < n_skips:
+                    pushed.append(x)
+                if keeps:
+                    cache.keep(slots[index], kept)
+        if cache:
+            cache.tokens = seen[:, -cache.window - 1 :]
+        return rms_norm(x, self.norms.get("final")), routing
+
+    @property
+    def head(self) -> Tensor:
+        return (self.embed if self.config.tied else self.unembed).weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        return softcap_logits(x, self.head, self.config.softcap)
+
+    def loss(self, tokens: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
+        x, routing = self.run(tokens, depth)
+        loss = self.run_loss(x, self.head, targets, self.config.softcap)
+        if routing and self.training:
+            balance, z = sum(routing) / len(routing)
+            loss = loss + 0.01 * balance + 0.001 * z
+        return loss
+
+
+def build_model(config: Config, ctx: RunContext) -> LoopedGPT:
+    if ctx.compile != "none":
+        torch._dynamo.config.recompile_limit = 64  # depths, shapes and grad modes of one run; each is compiled once
+    with ctx.device:
+        return LoopedGPT(config, ctx.dtype, ctx.compile)
+
+
+def compute_flops(config: Config, depth: float, learned: float | None = None) -> int:
+    """Operations of one trained token, forward and backward, at a mean depth: 6 per weight and pass, 12 K per head,
+    key and query; a third of it in repetitions of the *r group that no gradient reaches, all but `learned` of them."""
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    D, T = config.model_dim, config.seq_len
+    weighed = depth if learned is None else learned + (depth - learned) / 3
+    total = 6.0 * (sum(m.weight.numel() for m in model.children() if isinstance(m, Linear)) + model.head.numel())
+    for p in model.plan.passes(1, config.rows):
+        block = model.blocks[model.plan.names[p.block]]
+        weights = sum(m.weight.numel() if isinstance(m, Linear) else m.active_weights() for m in block.children())
+        weights += 2 * D * config.adapter_rank
+        weights += 2 * D * D * len(p.inject) * bool(model.inject)
+        reach = min(T, block.span)
+        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
+    return int(total)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Optimizers
+# ----------------------------------------------------------------------------------------------------------------------
+# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents. A
+# shared weight is quantized once per step, when the latents are published, and gradients pass straight through.
+
+
+class Latents:
+    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
+
+    def __init__(self, model: LoopedGPT, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
+        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen or ("-",))}
+        self.working, self.grids = named, grids or dict.fromkeys(named)
+        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
+        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
+        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
+        for weight, view in zip(self.weights.values(), views):
+            weight.grad = view.view_as(weight)
+
+    def collect(self) -> None:
+        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
+        for name, p in self.working.items():
+            if p.grad is not None:
+                self.weights[name].grad.add_(p.grad)
+                p.grad = None
+
+    def reduce(self, ctx: RunContext, share: float, clip: float) -> None:
+        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
+        which is not finite then either, stops the run with weights that are still good."""
+        grad = ctx.sum(self.flat_grad).mul_(share)
+        norm = grad.norm()
+        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
+        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
+
+    @torch.no_grad()
+    def publish(self, weights: dict[str, Tensor] | None = None, quantized: bool = True) -> None:
+        """Writes the latents, or the weights given, to the working weights, on the grid where there is one."""
+        for name, weight in (weights or self.weights).items():
+            grid = self.grids[name] if quantized else None
+            self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
+
+
+def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz on (n, rows, columns): singular values end between about 0.7 and 1.2. The Frobenius norm bounds the
+    spectral norm, so the iteration starts with singular values of at most 1."""
+    x = batch.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Matrices of one shape, either way up, form a batch, and ranks share the batch."""
+
+    def __init__(self, groups: list[dict], parts: list[tuple[int, ...]], ctx: RunContext):
+        super().__init__(groups, dict(lr=0.0))
+        self.parts, self.ctx = parts, ctx
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
+        for weight, parts in zip(group["params"], self.parts):
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].mul_(momentum).add_(weight.grad)
+            update = weight.grad.add(state["momentum"], alpha=momentum)
+            weight.mul_(1 - lr * group["weight_decay"])
+            for target, piece in zip(weight.split(parts), update.split(parts)):
+                gain = max(1, len(piece) / piece.shape[1]) ** 0.5
+                if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
+                    target, piece = target.mT, piece.mT
+                by_shape.setdefault(piece.shape, []).append((target, piece, gain))
+        for rows in by_shape.values():
+            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
+            for (target, _, gain), update in zip(rows, updates):
+                target.add_(update, alpha=-lr * gain)
+
+    def orthogonalize_shared(self, batch: Tensor) -> Tensor:
+        ctx, n = self.ctx, len(batch)
+        share = -(-n // ctx.world)
+        batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
+        mine = orthogonalize(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        return torch.cat(ctx.gather(mine))[:n].float()
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of a gradient mixed with its momentum; every weight moves by the learning rate."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for weight in group["params"]:
+                if not (state := self.state[weight]):
+                    state["momentum"] = torch.zeros_like(weight)
+                update = state["momentum"].lerp(weight.grad, 1 - beta1).sign()
+                weight.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr)
+                state["momentum"].lerp_(weight.grad, 1 - beta2)
+
+
+class Optimizers:
+    """Muon for matrices and Adam for tables and vectors, or Lion for all. Only matrices and tables decay."""
+
+    def __init__(self, model: LoopedGPT, latents: Latents, config: Config, ctx: RunContext):
+        self.latents = latents
+        of = {kind: [n for n in latents.weights if model.kind(n) == kind] for kind in ("matrix", "table", "vector")}
+        covered = [n for names in of.values() for n in names]
+        assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter without optimizer"
+        pick = {kind: [latents.weights[n] for n in names] for kind, names in of.items()}
+        matrices, *others = (
+            dict(params=pick["matrix"], peak=config.matrix_lr, weight_decay=config.weight_decay),
+            dict(params=pick["table"], peak=config.table_lr, weight_decay=config.weight_decay),
+            dict(params=pick["vector"], peak=config.vector_lr, weight_decay=0.0),
+        )
+        rest = dict(lr=0.0, betas=(config.beta1, config.beta2))
+        if config.optimizer == "lion":
+            self.all = {"lion": Lion([matrices, *others], rest)}
+        else:
+            parts = [model.get_submodule(n.removesuffix(".weight")).parts for n in of["matrix"]]
+            self.all = {"muon": Muon([matrices], parts, ctx), "adam": torch.optim.AdamW(others, fused=True, **rest)}
+
+    def step(self, settings: Settings) -> None:
+        for optimizer in self.all.values():
+            for group in optimizer.param_groups:
+                group |= dict(lr=group["peak"] * settings.lr_scale, momentum=settings.momentum)  # Adam has its own
+            optimizer.step()
+        self.latents.flat_grad.zero_()
+        self.latents.publish()
+
+    def state(self) -> dict:
+        weights = {n: w.detach() for n, w in self.latents.weights.items()}
+        return {"weights": weights} | {name: optimizer.state_dict() for name, optimizer in self.all.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        for name, weight in self.latents.weights.items():
+            weight.copy_(state["weights"][name])
+        for name, optimizer in self.all.items():
+            optimizer.load_state_dict(state[name])
+        self.latents.flat_grad.zero_()
+        self.latents.publish()
+
+
+class WeightAverage:
+    """Equal (swa) or decaying (ema) mean of the latents over the last part of a run; a run uses one, or none."""
+
+    def __init__(self, config: Config):
+        self.config, self.count, self.mean = config, 0, {}
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, Tensor], step: int, progress: float) -> None:
+        config = self.config
+        if config.average == "none" or progress < config.average_start or step % config.average_every:
+            return
+        self.count += 1
+        share = 1.0 / self.count if config.average == "swa" else 1.0 - config.ema_decay
+        for name, weight in weights.items():
+            if self.count == 1:
+                self.mean[name] = weight.detach().clone()
+            else:
+                self.mean[name].lerp_(weight, share)
+
+    def result(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.mean or {n: w.detach() for n, w in weights.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+# The file that is scored. Nothing in it is executed, and nothing in it is believed before it was checked.
+
+MAGIC, VERSION = b"LOOPGOLF", 1
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
+CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
+
+
+class ArtifactError(Stop):
+    """An artifact that cannot be used."""
+
+    exit_code = 4
+
+
+def require(is_good: bool, otherwise: str) -> None:
+    if not is_good:
+        raise ArtifactError(otherwise)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
+    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
+
+    stored: dict
+    tokenizer: dict
+    layout: list[dict]
+    streams: list[dict]
+    raw: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    size: int
+    sha256: str
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The whole file or none: written beside, flushed to disk, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
+    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
+    stored = {}
+    for name, weight in weights.items():
+        if not (grid := grids[name]):
+            stored[name] = weight.half()
+            continue
+        known = name in hessians
+        codes_and_step = round_with_feedback(weight, hessians[name], grid) if known else quantize_tensor(weight, grid)
+        stored[name], stored[f"{name}.step"] = codes_and_step
+    return stored
+
+
+def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
+    """The codec that makes a stream smallest, and its bytes. zstd-22 takes long and mostly loses on codes, so there it
+    is only tried when a quick level comes near."""
+    choices = {"rans": encode_matrices(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(raw, 3)) < 1.1 * len(choices["rans"]):
+        choices["zstd"] = zstandard.compress(raw, 22)
+    codec = min(choices, key=lambda name: len(choices[name]))
+    return codec, choices[codec]
+
+
+def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
+    """The same tensors always give the same bytes: no time, host or user in it."""
+    layout = build_layout(config, bits)
+    by_stream = [[stored[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
+    raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
+    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
+    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
+    content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
+    header = json.dumps(content, separators=(",", ":")).encode()
+    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
+    return body + hashlib.sha256(body).digest()
+
+
+def fit_artifact(
+    config: Config, model: LoopedGPT, weights: dict, hessians: dict, k_scale: float, tokenizer: dict
+) -> bytes:
+    """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
+    and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each encoding."""
+    room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
+    trained, extra = k_scale, 0
+
+    def size_at(scale: float) -> int:
+        return forecast_bytes(model, build_grids(config, model, scale), weights) + extra
+
+    is_bound = size_at(k_scale) > room or is_limit_binding(config, k_scale)
+    for _ in range(6):
+        if is_bound:
+            k_scale = solve_k_scale(size_at, int(0.998 * room), config)
+        grids = build_grids(config, model, k_scale)
+        # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
+        stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
+        content = pack_artifact(config, stored, {name: grid.bits for name, grid in grids.items() if grid}, tokenizer)
+        if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
+            return content
+        is_bound, extra = True, extra + len(content) - size_at(k_scale)
+    raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
+
+
+def config_from_stored(stored: dict) -> Config:
+    """The config of a stored artifact."""
+    require(holds_fields(stored, Stored), "its config does not hold the fields of this version, each of its type")
+    try:
+        return Config(**stored, batch_tokens=stored["seq_len"])
+    except ConfigError as error:
+        raise ArtifactError(f"its config does not work: {error}") from None
+
+
+def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
+    """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    shapes, layout, ends = {}, [], [0, 0]
+    for name, p in model.named_parameters():
+        shapes[name] = p.shape
+        if model.kind(name) != "vector":
+            shapes[f"{name}.step"] = p.shape[:1]
+    for name, shape in shapes.items():
+        has_step = f"{name}.step" in shapes
+        width, scheme, stream = (bits.get(name, 0), "int", CODES) if has_step else (16, "fp16", PLAIN)
+        entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
+        layout.append(entry | dict(bytes=shape.numel() * (1 if has_step else 2)))
+        ends[stream] += layout[-1]["bytes"]
+    return layout
+
+
+def unpack_artifact(content: bytes) -> Artifact:
+    """Checks everything before it allocates anything that the file asks for."""
+    require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
+    version, header_bytes = struct.unpack("<II", content[8:16])
+    require(version == VERSION, f"it has version {version}, this script reads {VERSION}")
+    at, end, digest = 16 + header_bytes, len(content) - 32, hashlib.sha256(content[:-32]).digest()
+    require(at <= min(16 + MAX_HEADER_BYTES, end), f"its header claims {header_bytes} bytes, more than it can hold")
+    require(digest == content[-32:], "its digest does not match: truncated or changed")
+    try:
+        header = json.loads(content[16:at].decode("utf-8"))
+        stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
+        bits = {entry["name"]: entry["bits"] for entry in tensors}
+        codecs, packed_sizes, raw_sizes = zip(*((s["codec"], s["bytes"], s["raw_bytes"]) for s in streams))
+        well_typed = all(type(n) is int and n >= 0 for n in (*bits.values(), *packed_sizes))
+        require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
+    layout = build_layout(config_from_stored(stored), bits)
+    needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
+    is_ours = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
+    is_sized = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES and at + sum(packed_sizes) == end
+    require(is_ours and is_sized, "its tables of tensors and streams do not fit its config and its size")
+    shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
+    for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
+        raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
+        at += n_bytes
+    raw = {e["name"]: read_tensor(raws[e["stream"]], e) for e in layout}
+    steps = {name: raw.get(f"{name}.step") for name in raw if not name.endswith(".step")}
+    weights = {n: raw[n] if step is None else dequantize_tensor(raw[n], step) for n, step in steps.items()}
+    return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
+
+
+def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int, int]]) -> bytes:
+    try:
+        if codec == "rans" and shapes:
+            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
+        is_sized = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
+        reader = zstandard.ZstdDecompressor()
+        raw = reader.decompress(packed, max_output_size=raw_bytes) if is_sized and raw_bytes else b""
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ArtifactError(f"a stream does not decode: {error}") from None
+    require(is_sized and len(raw) == raw_bytes, "a stream has an unknown codec or not the size that it promises")
+    return raw
+
+
+def read_tensor(raw: bytes, entry: dict) -> Tensor:
+    """One tensor out of its stream."""
+    is_code, piece = entry["scheme"] == "int", bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
+    dtype = torch.int8 if is_code else torch.float16
+    values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+    is_good = values.short().abs() <= Grid(entry["bits"], 1.0).largest if is_code else values.isfinite()
+    require(is_good.all().item(), f"tensor {entry['name']} holds codes beyond its bits or values that are not finite")
+    return values.view(entry["shape"])
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    try:
+        return unpack_artifact(Path(path).read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+
+
+@torch.no_grad()
+def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+# A scorer gives log-probabilities over the whole vocabulary for tokens that it has not seen, and may adapt to tokens
+# once they are scored. One loop drives every scorer, and BpbMeter alone counts nats, tokens and bytes.
+
+
+@dataclass(frozen=True)
+class Window:
+    """Targets tokens[first:stop] are scored from inputs that begin at tokens[start]."""
+
+    start: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+class BpbMeter:
+    """Sums of this rank; total() adds the ranks up."""
+
+    def __init__(self, counter: ByteCounter):
+        self.counter, self.sums = counter, torch.zeros(3, dtype=torch.float64)
+
+    def add(self, tokens: Tensor, positions: Tensor, log_probs: Tensor) -> None:
+        """log_probs (n, V): what was predicted for tokens[positions]."""
+        targets, previous = tokens[positions], tokens[positions - 1]
+        nats = -log_probs.gather(1, targets.to(log_probs.device)[:, None]).double().sum().item()  # sync
+        n_bytes = self.counter.count(previous.numpy(), targets.numpy())
+        self.sums += torch.tensor([nats, len(targets), n_bytes], dtype=torch.float64)
+
+    def total(self, ctx: RunContext) -> Score:
+        nats, tokens, n_bytes = ctx.sum(self.sums.to(ctx.device)).tolist()
+        return Score(nats, round(tokens), round(n_bytes))
+
+
+class WindowScorer:
+    """Windows of `length` inputs that score their last `stride` targets, the first window all of its own. `plain`: the
+    windows do not overlap. `sliding`: short strides, so that every target sees a long context, many times the work.
+    `banded`: windows several times as long, in which a position attends to the last `band` ones only; they stream
+    through a cache, and every target sees a long context at about the price of plain.
+
+    A pass over the tokens consists of tracks that do not know of each other, a track of chunks: the windows of a chunk
+    are scored, then the scorer may observe them and adapt before the next chunk. Ranks share the windows of a chunk,
+    or, with is_per_document, the tracks."""
+
+    is_per_document = False
+    stretch = 5  # length of a banded window over seq_len: all but `band` of it is scored
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, layout: str):
+        self.model, self.config, self.ctx = model.eval(), config, ctx
+        L = config.seq_len
+        self.band = (config.band or L) if layout == "banded" else L
+        self.length, self.stride = (self.stretch * L,) * 2 if layout == "banded" else (L, L)
+        self.stride = {"plain": L, "sliding": config.stride, "banded": self.length - self.band}[layout]
+        self.lora: dict[str, dict] = {}
+        self.updates = self.skipped = 0  # adaptation: updates made, and updates that the time did not allow
+        self.update_s = 0.0  # seconds of the slowest update
+
+    def windows(self, n_tokens: int) -> list[Window]:
+        firsts = [1, *range(1 + self.length, n_tokens, self.stride)] if n_tokens > 1 else []
+        stops = [*firsts[1:], n_tokens]
+        return [Window(max(0, a - 1 - self.length + self.stride), a, b) for a, b in zip(firsts, stops)]
+
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        return [[self.windows(len(tokens))]]
+
+    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
+        score_batch of them, are padded to one shape if that saves compilation: what stands behind a token, or in
+        another row, cannot change its states."""
+        L, rows = self.config.seq_len, self.config.score_batch if self.model.is_compiled else len(windows)
+        inputs = torch.full((rows, self.length), self.config.bos_id)
+        for row, w in zip(inputs, windows):
+            row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
+        inputs = inputs.to(self.ctx.device)
+        lora = {b: {n: (a[:rows], z[:rows]) for n, (a, z) in layers.items()} for b, layers in self.lora.items()}
+        cache = Cache(self.band) if self.length > L or self.band < L else None
+        for at in range(0, max(w.stop - 1 - w.start for w in windows), L):
+            states = self.model(inputs[:, at : at + L], cache=cache, lora=lora)
+            begins = [w.start + at for w in windows]
+            spans = [range(max(w.first - 1, b), min(w.stop - 1, b + L)) for w, b in zip(windows, begins)]
+            if any(spans):
+                scored = [x[s.start - b :][: len(s)] for x, s, b in zip(states, spans, begins)]
+                yield torch.tensor([i + 1 for s in spans for i in s]), torch.cat(scored)
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
+        for positions, states in self.scored_states(tokens, windows):
+            yield positions, self.model.logits(states).log_softmax(-1)
+
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
+        """Adapts to a chunk, now that all of it is scored, but not beyond the time `until`. `done`: share of the
+        track that is scored."""
+
+    def reset(self) -> None:
+        """Forgets what was observed: the model is as it was."""
+
+    def warm_up(self) -> None:
+        """Compiles on made-up tokens what a pass needs, and leaves no trace."""
+        generator = torch.Generator().manual_seed(0)
+        count = 1 + max(self.length, self.config.ttt_batch * self.config.seq_len)
+        tokens = torch.randint(self.config.vocab_size, (count,), generator=generator)
+        tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
+        chunk = self.tracks(tokens)[0][0][: self.config.score_batch]
+        for _ in self.log_probs(tokens, chunk):
+            pass
+        self.observe(tokens, chunk, 0.0, math.inf)
+        self.reset()
+        self.updates, self.update_s = 0, 0.0
+
+    def is_late(self, until: float) -> bool:
+        late = torch.tensor(float(time.perf_counter() + 1.5 * self.update_s > until), device=self.ctx.device)
+        is_late = bool((late if self.is_per_document else self.ctx.sum(late)).item())  # sync
+        self.updates, self.skipped = self.updates + (not is_late), self.skipped + is_late
+        return is_late
+
+
+class SgdScorer(WindowScorer):
+    """After each chunk a few epochs of SGD on it. Every rank takes part in every update."""
+
+    stretch = 2  # shorter windows, so that a chunk has some for every rank
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+        super().__init__(model, config, ctx, config.ttt_windows)
+        self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(self.frozen))
+        self.reset()
+
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        chunks: dict[int, list[Window]] = {}
+        for window in self.windows(len(tokens)):
+            chunks.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
+        return [list(chunks.values())]
+
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
+        config, ctx = self.config, self.ctx
+        seen = tokens[chunk[0].first - 1 : chunk[-1].stop]
+        rows, L = (len(seen) - 1) // config.seq_len, config.seq_len
+        inputs, targets = (seen[i : i + rows * L].view(rows, L).to(ctx.device) for i in (0, 1))
+        self.sgd.param_groups[0]["lr"] = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
+        for at in [*range(0, rows, config.ttt_batch)] * config.ttt_epochs:
+            if self.is_late(until):
+                continue
+            started = time.perf_counter()
+            batch = slice(at, min(at + config.ttt_batch, rows))
+            mine = slice(at + ctx.rank, batch.stop, ctx.world)
+            if len(inputs[mine]):
+                (self.model.loss(inputs[mine], targets[mine]) * len(inputs[mine])).backward()
+                self.latents.collect()
+            self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
+            self.sgd.step()
+            self.latents.flat_grad.zero_()
+            self.latents.publish()
+            self.update_s = max(self.update_s, time.perf_counter() - started)
+
+    def reset(self) -> None:
+        load_weights(self.model, self.base)
+        self.latents = Latents(self.model, frozen=self.frozen)
+        self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=self.config.ttt_momentum)
+
+
+class LoraScorer(WindowScorer):
+    """Every document starts with fresh low-rank adapters on the linear layers of each block, and sees nothing of other
+    documents; after each chunk of it they take one step of Adam. Documents of similar length form a batch, in which
+    every row has adapters of its own. A mixture of experts stays as it is."""
+
+    is_per_document = True
+
+    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+        super().__init__(model.requires_grad_(False), config, ctx, "plain")
+        self.band, self.stride = config.band or config.seq_len, min(config.lora_chunk, config.seq_len)
+        self.reset()
+
+    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
+        starts = sorted({0, *(tokens[:-1] == self.config.bos_id).nonzero().flatten().tolist()})
+        documents = []
+        for start, stop in zip(starts, [*(start + 1 for start in starts[1:]), len(tokens)]):
+            firsts = range(start + 1, stop, self.stride)
+            lead = self.length - self.stride
+            documents.append([Window(max(start, a - 1 - lead), a, min(a + self.stride, stop)) for a in firsts])
+        documents.sort(key=len, reverse=True)
+        size = self.config.score_batch
+        batches = [documents[i : i + size] for i in range(0, len(documents), size)]
+        # the longest first, so row i of every chunk belongs to the same document
+        return [[[d[i] for d in batch if i < len(d)] for i in range(len(batch[0]))] for batch in batches]
+
+    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
+        if self.is_late(until):
+            return
+        started = time.perf_counter()
+        positions, states = next(self.scored_states(tokens, chunk))
+        targets = tokens[positions].to(self.ctx.device)
+        # a sum over documents: the gradient of one does not depend on its neighbours
+        loss = F.cross_entropy(self.model.logits(states), targets, reduction="sum") / self.stride
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        self.update_s = max(self.update_s, time.perf_counter() - started)
+
+    def reset(self) -> None:
+        rows, rank = self.config.score_batch, self.config.lora_rank
+        generator = torch.Generator().manual_seed(0)
+        for name, block in self.model.blocks.items():
+            self.lora[name] = {}
+            for layer in ("qkv", "out", "up", "down"):
+                fan_out, fan_in = getattr(block, layer).weight.shape
+                down = torch.randn(fan_in, rank, generator=generator).repeat(rows, 1, 1) / fan_in**0.5
+                up = torch.zeros(rows, rank, fan_out)
+                self.lora[name][layer] = tuple(t.to(self.ctx.device).requires_grad_() for t in (down, up))
+        weights = [t for layers in self.lora.values() for pair in layers.values() for t in pair]
+        self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
+
+
+def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
+    """A model to score with. A CPU takes longer to compile the shapes of scoring than to score without."""
+    return build_model(config, replace(ctx, compile="none") if ctx.device.type == "cpu" else ctx)
+
+
+def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
+    adaptive = {"sgd": SgdScorer, "lora": LoraScorer}
+    return adaptive[mode](model, config, ctx) if mode in adaptive else WindowScorer(model, config, ctx, mode)
+
+
+def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", deadline: float = math.inf) -> None:
+    """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it. Adaptation stops when
+    the rest, scored without it, would just be done by the deadline."""
+    ctx, size = scorer.ctx, scorer.config.score_batch
+    tracks = scorer.tracks(tokens)
+    if scorer.is_per_document:
+        tracks = tracks[ctx.rank :: ctx.world]
+    share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
+    left = sum(-(-len(chunk[share]) // size) for track in tracks for chunk in track)  # batches
+    done, spent = 0, 0.0
+    with progress_bar(left, "batch", f"scoring {name}", ctx.log) as bar:
+        for track in tracks:
+            for index, chunk in enumerate(track):
+                mine = chunk[share]
+                for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
+                    started = time.perf_counter()
+                    for positions, log_probs in scorer.log_probs(tokens, batch):
+                        meter.add(tokens, positions, log_probs)
+                    done, left, spent = done + 1, left - 1, spent + time.perf_counter() - started
+                    bar.update()
+                if index + 1 < len(track):
+                    scorer.observe(tokens, chunk, index / len(track), deadline - 1.2 * left * spent / max(done, 1))
+            scorer.reset()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The tokens that are scored and how their bytes are counted."""
+
+    tokens: Tensor
+    counter: ByteCounter
+
+
+def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
+    """The validation tokens, and the tokenizer's identity for the artifact."""
+    tokenizer, digest = load_tokenizer(config)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    count = min(config.score_tokens or stream.total, stream.total)
+    if count < config.seq_len + 1:
+        raise DataError(f"{config.data_path}: {count} validation tokens are fewer than one window of {config.seq_len}")
+    tokens = stream.read(0, count)
+    sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
+    ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
+    counter = ByteCounter(tokenizer)
+    return Validation(torch.from_numpy(tokens), counter), dict(sha256=digest, vocab=config.vocab_size)
+
+
+def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
+    """Score one mode and log it. `name` says which weights, where it is not the artifact."""
+    started = time.perf_counter()
+    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
+    if model.is_compiled:
+        scorer.warm_up()
+    score_tokens(scorer, val.tokens, meter, name or mode, started + config.eval_budget)
+    score = meter.total(ctx)
+    adapted = dict(updates=scorer.updates, skipped=scorer.skipped) if mode in ("sgd", "lora") else {}
+    ctx.log("score", what=name or "artifact", mode=mode, val_loss=f"{score.loss:.8f}", val_bpb=f"{score.bpb:.8f}",
+            tokens=score.tokens, bytes=score.bytes, **adapted, eval_s=time.perf_counter() - started)  # fmt: skip
+    return score
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Training
+# ----------------------------------------------------------------------------------------------------------------------
+# The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
+
+
+class NonFiniteLoss(Stop):
+    """Stops a run on all ranks, after a checkpoint is saved."""
+
+    exit_code = 1
+
+
+class Interrupted(Stop):
+    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
+
+    exit_code = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    used_s: float = 0.0
+    step_s: float = 0.0  # the latest step, so that a resumed run knows how long the next one may take
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training hands on: the model, its last and its averaged weights, and what it took."""
+
+    latents: Latents
+    averaged: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    k_scale: float
+    at: Progress
+
+
+def train_step(
+    model: LoopedGPT,
+    optim: Optimizers,
+    batch: tuple[Tensor, Tensor],
+    settings: Settings,
+    config: Config,
+    ctx: RunContext,
+) -> Tensor:
+    """One optimizer step on this rank's sequences; returns its mean loss."""
+    inputs, targets = batch
+    size = config.micro_batch or len(inputs)
+    total = torch.zeros((), device=ctx.device)
+    for x, y in zip(inputs.split(size), targets.split(size)):
+        loss = model.loss(x, y, settings.depth)
+        loss.backward()
+        optim.latents.collect()
+        total += loss.detach()
+    n_micro = len(inputs) // size
+    optim.latents.reduce(ctx, 1 / (n_micro * ctx.world), config.grad_clip)
+    optim.step(settings)
+    return total / n_micro
+
+
+def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
+    """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
+    started = time.perf_counter()
+    before = copy.deepcopy(optim.state())
+    random_state = torch.get_rng_state()
+    count = config.batch_tokens // ctx.world + 1
+    batch = split_span(
+        torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
+    )
+    depths = {1, config.rows} if config.sample_depth else {config.depth}
+    for depth in sorted(depths | ({0} if config.loop_start else set())):
+        train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
+    optim.load(before)
+    torch.set_rng_state(random_state)
+    ctx.sync()
+    ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def log_telemetry(model: LoopedGPT, step: int, stream: TokenStream, ctx: RunContext) -> None:
+    """The size of the stream at the end of each repetition, on the same text every time, and how much the adapter of
+    each pass is like that of the first."""
+    sizes = []
+
+    def watch(p: Pass, x: Tensor) -> Tensor:
+        if p.ends:
+            sizes.append(x.float().square().mean().sqrt())
+        return x
+
+    model(load_batch(stream, 0, model.config, ctx)[0][:1], watch=watch)
+    found = {"rms": sizes}
+    if model.adapters is not None:
+        unit = F.normalize(model.adapters[:, 1].flatten(1), dim=1)
+        found["adapter_cosines"] = unit[1:] @ unit[0]
+    ctx.log("telemetry", step=step, **{name: ",".join(f"{v:.3f}" for v in values) for name, values in found.items()})
+
+
+def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
+    """Everything that the next step depends on; the data position is the step."""
+    if ctx.rank:
+        return
+    state = dict(optim=optim.state(), average=average.mean, average_count=average.count, at=asdict(at),
+                 random=torch.get_rng_state())  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx: RunContext) -> Progress:
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        ctx.log.line(f"# no checkpoint in {folder} yet: starting from the beginning")
+        return Progress()
+    try:
+        state = torch.load(path, map_location=ctx.device, weights_only=True)
+        optim.load(state["optim"])
+        average.mean, average.count = state["average"], state["average_count"]
+        torch.set_rng_state(state["random"].cpu())
+        at = Progress(**state["at"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(
+            f"{path}: not a checkpoint of this run ({error.__class__.__name__}); delete it to start over"
+        ) from None
+    ctx.log("resume", step=at.step, used_s=at.used_s)
+    return at
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask the run to stop after the step at hand; a second one acts as ever."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self) -> StopSignals:
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame) -> None:
+        self.seen = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def collect_hessians(
+    config: Config,
+    ctx: RunContext,
+    weights: dict[str, Tensor],
+    stream: TokenStream,
+    seconds_left: Callable[[], float] | None = None,
+) -> dict[str, Tensor]:
+    """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
+    or, against a clock, as much as the seconds that are left allow."""
+    if not config.calibration_tokens:
+        return {}
+    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+    load_weights(model, weights)
+    sums = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            columns = module.weight.shape[1]
+            sums[f"{name}.weight"] = total = torch.zeros(columns, columns, device=ctx.device)
+
+            def add(_, inputs, __, total=total):
+                x = inputs[0].flatten(0, -2).float()
+                total.addmm_(x.T, x)
+
+            module.register_forward_hook(add)
+    batch = 0
+    while seconds_left() > 0 if seconds_left else batch * config.batch_tokens < config.calibration_tokens:
+        with torch.no_grad():
+            model(load_batch(stream, batch, config, ctx)[0])
+        batch += 1
+    return {name: ctx.sum(total) for name, total in sums.items()}
+
+
+def train(
+    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
+) -> Trained:
+    latents = Latents(model, build_grids(config, model, k_scale))
+    optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
+    latents.publish()
+    at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
+    warm_up(model, optim, config, ctx)
+    calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
+    reserve = config.export_reserve if calibrates else 0.0
+    has_loops = "*" in config.plan
+    budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
+    budget.recent.extend([at.step_s] if at.step_s else [])
+    with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
+        clock.start()
+        while (progress := budget.progress(at.step, at.used_s)) is not None:
+            settings = settings_at(config, progress, at.step)
+            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
+            average.update(latents.weights, at.step, progress)
+            loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
+            at = Progress(at.step + 1, now, now - at.used_s)
+            budget.add_step(at.step_s)
+            if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
+                ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
+                        step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
+            if has_loops and progress < 0.5 and at.step & (at.step - 1) == 0:  # steps 1, 2, 4, 8: far from the end
+                log_telemetry(model, at.step, stream, ctx)
+            bar.update(progress - bar.n)
+            bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
+            is_bad = not math.isfinite(loss)
+            if is_bad or is_stopped or (config.checkpoint_every_s and now - saved_at > config.checkpoint_every_s):
+                save_checkpoint(folder, optim, average, at, ctx)
+                saved_at = at.used_s = ctx.agree(step_loss, clock.read(), False)[1]
+            if is_bad:
+                saved = folder / "checkpoint.pt"
+                raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
+            if is_stopped:
+                raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
+        averaged = average.result(latents.weights)
+        # a calibration batch is only a forward pass: one that starts a step's length before the end is done in time
+        deadline_s = config.max_wallclock_seconds - max(budget.recent, default=0.0)
+        left = None if config.iterations else lambda: deadline_s - clock.read()
+        hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
+        at.used_s = clock.stop()
+    if has_loops:
+        log_telemetry(model, at.step, stream, ctx)
+    save_checkpoint(folder, optim, average, at, ctx)
+    return Trained(latents, averaged, hessians, k_scale, at)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """What ran, where, on what: without it a log proves nothing."""
+    code_sha256 = hash_counted_code(config.moe_experts)
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=code_sha256)
+    modules = (torch, np, zstandard, sentencepiece)
+    ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
+    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
+    threads, dtype = torch.get_num_threads(), str(ctx.dtype).removeprefix("torch.")
+    ctx.log("hardware", device=ctx.device.type, name=name, world=ctx.world, threads=threads, dtype=dtype)
+    for name, value in asdict(config).items():
+        ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
+
+
+def counted_files(moe_experts: int = 0) -> list[Path]:
+    """The files that a run is made of: this script and what it imports from the repository."""
+    names = ("train_gpt", "data/shards", "kernels/rans", "kernels/moe")[: 4 if moe_experts else 3]
+    return [Path(__file__).parent / f"{name}.py" for name in names]
+
+
+def hash_counted_code(moe_experts: int = 0) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files(moe_experts))).hexdigest()
+
+
+def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
+    """Sizes and forecasts, before anything is trained."""
+    counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
+    for name, p in model.named_parameters():
+        counts[model.role(name)] += p.numel()
+    params, plan, limit = sum(counts.values()), model.plan, config.byte_limit
+    artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total_bytes = artifact_bytes + config.code_reserve
+    if limit and total_bytes > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
+    mean_r, learned = expect_depth(config), expect_depth(config, config.bptt)
+    flops = compute_flops(config, mean_r, learned)
+    rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
+    n_kept = plan.count_passes(min(config.rows, config.bptt or config.rows))  # passes that wait for their gradient
+    inside = 10 * config.model_dim + 3 * config.mlp_dim
+    values = n_kept * config.model_dim + inside if config.checkpoint_passes else n_kept * inside
+    memory = rows * (values * ctx.dtype.itemsize + 8 * config.vocab_size) + params * 24
+    # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
+    core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
+    rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
+    core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
+    ctx.log("model", params=params, **counts, passes=plan.count_passes(config.depth), blocks=len(model.blocks),
+            **(dict(mean_r=mean_r) if plan.is_variable else {}))  # fmt: skip
+    ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
+    step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
+    ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)
+    if config.k_scale and limit and total_bytes > 0.97 * limit:
+        ctx.log.line(f"# warning: {total_bytes / limit:.1%} of byte_limit expected, the export may coarsen the grid")
+
+
+def dry_run(config: Config, ctx: RunContext) -> None:
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    by_part = Counter()
+    for name, p in model.named_parameters():
+        by_part[re.match(r"blocks\.\w|\w+", name)[0]] += p.numel()
+    ctx.log.line(f"params:{by_part.total()}")
+    for part, count in by_part.items():
+        ctx.log("part", name=part, params=count)
+    log_plan(config, plan_k_scale(config, model), model, ctx)
+
+
+def check_split(config: Config, ctx: RunContext) -> None:
+    tokens, size, whole = config.batch_tokens, config.micro_batch, config.batch_tokens // config.seq_len
+    if whole % ctx.world:
+        raise ConfigError(f"batch_tokens={tokens}: {whole} sequences do not split over {ctx.world} ranks")
+    if size and whole // ctx.world % size:
+        raise ConfigError(f"micro_batch={size} does not divide the {whole // ctx.world} sequences of a rank")
+
+
+def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
+    """Writes the artifact, unless it is over the limit. From here on only that file is used."""
+    if ctx.rank == 0:
+        try:
+            content = fit_artifact(config, model, trained.averaged, trained.hessians, trained.k_scale, tokenizer)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
+        write_atomic(path, content)
+    if ctx.world > 1:
+        dist.barrier()
+
+
+def score_artifact(
+    artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, tokenizer: dict
+) -> dict:
+    """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
+    if artifact.tokenizer != tokenizer:
+        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
+    load_weights(model, artifact.tensors)
+    started = time.perf_counter()
+    final = evaluate(config.score_mode, model, config, ctx, val)
+    found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
+    found["eval_s"] = time.perf_counter() - started
+    for mode in CHOICES["score_mode"]:
+        if mode in config.also.split(","):
+            score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
+            found[f"bpb_{mode}"] = score.bpb
+    total, limit = artifact.size + ctx.code_bytes, config.byte_limit
+    found |= dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
+    return found | dict(fits="no" if 0 < limit < total else "yes", artifact_sha256=artifact.sha256)
+
+
+def log_result(found: dict, ctx: RunContext) -> dict:
+    """The last line of a run: its fields in their order, as far as they were found."""
+    order = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain bpb_sliding bpb_banded bpb_sgd
+        bpb_lora steps tokens train_s eval_s artifact_bytes code_bytes total_bytes limit fits seed recipe
+        artifact_sha256"""
+    result = {name: found[name] for name in order.split() if name in found}
+    result |= {name: f"{value:.8f}" for name, value in result.items() if name.startswith(("val_", "bpb_"))}
+    ctx.log("result", **result)
+    return result
+
+
+def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """--score: the model comes from the file, how to score too unless said otherwise."""
+    artifact = load_artifact(config.score)
+    stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
+    config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
+    val, tokenizer = load_validation(config, ctx)
+    log_result(score_artifact(artifact, build_judge(config, ctx), config, ctx, val, tokenizer), ctx)
+
+
+def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """The whole run: data, model, training, artifact, score from the artifact."""
+    check_split(config, ctx)
+    # ranks that start in different seconds would look for the artifact in different folders
+    started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
+    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
+    folder = Path(config.resume or f"runs/{config.run_id}")
+    if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
+        raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
+    val, tokenizer = load_validation(config, ctx)
+    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    model = build_model(config, ctx)
+    k_scale = plan_k_scale(config, model)
+    model.init_weights(config.seed)
+    if ctx.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in folder.glob(".*.part"):
+            cut_off.unlink()  # what a killed process was writing
+        ctx.log.open(folder / "log.txt")
+        write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
+        write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
+    log_head(config, source, ctx)
+    ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
+    log_plan(config, k_scale, model, ctx)
+    trained = train(config, ctx, model, k_scale, stream, folder)
+    found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
+    path, judge = folder / "artifact.lg", build_judge(config, ctx)
+    for name, weights in (("trained", dict(model.named_parameters())), ("averaged", trained.averaged)):
+        if name in config.also.split(","):
+            load_weights(judge, weights)
+            found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
+    export(config, ctx, model, trained, tokenizer, path)
+    found |= score_artifact(load_artifact(path), judge, config, ctx, val, tokenizer)
+    result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
+    if ctx.rank == 0:
+        report = dict(result=result, config=asdict(config), source=source)
+        write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
+
+
+def exit_code(error: Exception) -> int:
+    """1 crash, full disk, interruption or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
+    return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
+
+
+def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
+    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    try:
+        config, source = parse_config(argv, environ)
+        ctx = build_context(config, environ, code_bytes or config.code_reserve)
+        if config.dry_run:
+            dry_run(config, ctx)
+        else:
+            (score_only if config.score else run)(config, source, ctx)
+        if ctx.world > 1:
+            dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
+        return 0
+    except BrokenPipeError:
+        return 1  # whoever read the output has seen enough
+    except (Stop, DataError, OSError) as error:
+        if environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_code(error)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
+# ==== data/shards.py ====
+"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens.
+
+It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted
+code: it needs numpy only, and holds nothing that a training run does not use.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+CHECK_TOKENS = 1 << 22   # tokens per step of the range check, so that a shard never fills the memory
+MAKE_DATA = "make it with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
+REPLACE = "delete it and build or download it again"
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line with the file, what is wrong with it and how to mend it."""
+
+
+def find_shards(folder: str | Path, split: str) -> list[Path]:
+    """The shards of one split of a dataset folder, in the order of their names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such dataset folder; {MAKE_DATA}")
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise DataError(f"{folder}: no shard *_{split}_*.bin in it; {MAKE_DATA}")
+    return paths
+
+
+def read_token_count(path: Path) -> int:
+    """The token count that the header promises, checked against the size of the file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard; {MAKE_DATA}")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: zero-byte file; {REPLACE}")
+    if size < HEADER_BYTES:
+        raise DataError(f"{path}: truncated header, {size} of {HEADER_BYTES} bytes; {REPLACE}")
+    magic, version, count = (int(word) for word in np.fromfile(path, dtype="<i4", count=3))
+    if magic != SHARD_MAGIC:
+        raise DataError(f"{path}: wrong magic {magic}, a shard starts with {SHARD_MAGIC}; {REPLACE}")
+    if version != SHARD_VERSION:
+        raise DataError(f"{path}: wrong version {version}, this program reads {SHARD_VERSION}; {REPLACE}")
+    if count <= 0:
+        raise DataError(f"{path}: the header counts {count} tokens; {REPLACE}")
+    expected = HEADER_BYTES + 2 * count
+    if size != expected:
+        fault = "truncated" if size < expected else "trailing bytes"
+        raise DataError(f"{path}: {fault}, {size} bytes where {count} tokens need {expected}; {REPLACE}")
+    return count
+
+
+def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
+    """The tokens of a shard, memory-mapped, read-only; with `vocab_size` every token id must be below it."""
+    path = Path(path)
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
+    if vocab_size is not None:
+        for start in range(0, len(tokens), CHECK_TOKENS):
+            highest = int(tokens[start:start + CHECK_TOKENS].max())
+            if highest >= vocab_size:
+                raise DataError(f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
+                                "use the tokenizer that the shard was made with")
+    return tokens
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write a shard under a temporary name and rename it, so that a broken write leaves no file behind."""
+    path, tokens = Path(path), np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < tokens.size < 1 << 31:
+        raise DataError(f"{path}: a shard takes a row of 1 to 2**31 - 1 integers, "
+                        f"not {tokens.dtype} of shape {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() > 0xFFFF:
+        raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit into uint16; "
+                        "use a vocabulary of at most 65536")
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(header.data)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            file.flush()
+            os.fsync(file.fileno())   # before the rename: a crash must not leave the name on missing bytes
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+# ==== kernels/rans.py ====
+"""A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
+
+    data = encode_matrices([codes, ...])                   2-D int8 tensors
+    codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
+
+The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
+weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
+row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
+A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
+
+    data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
+    side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
+"""
+
+import lzma
+import struct
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TABLE_BITS = 14  # the frequencies of a table sum to 2^14
+LOWEST = 1 << 16  # a state starts at this value in the encoder, so it has to end there in the decoder
+LANE_SYMBOLS = 1 << 14  # per lane: a state costs 3 bytes more than it carries, 0.03% of its symbols
+FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def encode_matrices(matrices: list[Tensor]) -> bytes:
+    if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
+        raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
+    sides, symbols, tables, sizes = [], [], [], []
+    for codes in matrices:
+        side, labels, roots = classify_columns(codes)
+        sides.append(side)
+        symbols.append((codes.T[labels.argsort(stable=True)].int() + 128).flatten())
+        tables.append(build_frequencies(roots))
+        sizes.append(labels.bincount() * len(codes))
+    if not matrices:
+        return b""
+    freqs, index = torch.cat(tables), torch.cat(symbols) + find_tables(torch.cat(sizes)).mul_(256)
+    starts = (freqs.cumsum(1) - freqs).flatten()
+    states = torch.full((count_lanes(len(index)),), LOWEST)
+    words = []
+    for piece in reversed(index.split(len(states))):  # last symbol first: the decoder runs the other way
+        x, f = states[: len(piece)], freqs.take(piece.long())
+        full = x >= f << (32 - TABLE_BITS)
+        words.append(x[full].to(torch.int16))
+        x = torch.where(full, x >> 16, x)
+        states[: len(piece)] = (x // f << TABLE_BITS) + x % f + starts.take(piece.long())
+    side = compress(b"".join(sides))
+    states = torch.where(states < 1 << 31, states, states - (1 << 32)).int()
+    rest = struct.pack("<I", len(side)) + side + states.numpy().tobytes() + torch.cat(words[::-1]).numpy().tobytes()
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if not shapes:
+        if data:
+            raise ValueError("bytes after the last matrix")
+        return []
+    lanes = count_lanes(total := sum(rows * columns for rows, columns in shapes))
+    if len(data) < 8 + 4 * lanes or struct.unpack("<I", data[:4])[0] != zlib.crc32(data[4:]):
+        raise ValueError("codes are truncated or changed")
+    side_end = 8 + struct.unpack("<I", data[4:8])[0]
+    words_at = side_end + 4 * lanes
+    if words_at > len(data):
+        raise ValueError("states are cut short")
+    labels, freqs, sizes = read_side(data[8:side_end], shapes)
+    states = torch.frombuffer(bytearray(data[side_end:words_at]), dtype=torch.int32).long() & 0xFFFFFFFF
+    # a step reads at most one word per lane, so with this much room behind them no step reads past the end;
+    # half a word is refused by frombuffer with the ValueError that is wanted here
+    words = torch.frombuffer(bytearray(data[words_at:]) + bytes(2 * lanes), dtype=torch.int16)
+    lookup = build_lookup(freqs)
+    symbols, at, mask = torch.empty(total, dtype=torch.int8), 0, (1 << TABLE_BITS) - 1
+    for out, which in zip(symbols.split(lanes), find_tables(sizes).split(lanes)):
+        x = states[: len(out)]
+        found = lookup.index_select(0, (x & mask).add_(which.long() << TABLE_BITS))
+        out.copy_(found)  # the lowest byte
+        x.bitwise_right_shift_(TABLE_BITS).mul_(found >> 32).add_((found >> 8) & mask)
+        low = (x < LOWEST).nonzero().flatten()
+        x.index_copy_(0, low, x.index_select(0, low) << 16 | words[at : at + len(low)].long() & 0xFFFF)
+        at += len(low)
+        if at > len(words) - lanes:
+            raise ValueError("codes end too early")
+    if at != len(words) - lanes or not (states == LOWEST).all():
+        raise ValueError("codes do not decode to the end of their stream")
+    matrices = []
+    for (rows, columns), label, flat in zip(shapes, labels, symbols.split([r * c for r, c in shapes])):
+        codes = torch.empty(columns, rows, dtype=torch.int8)
+        codes[label.argsort(stable=True)] = flat.view(columns, rows)
+        matrices.append(codes.T.contiguous())
+    return matrices
+
+
+def count_lanes(n_symbols: int) -> int:
+    return max(1, n_symbols // LANE_SYMBOLS)
+
+
+def count_classes(rows: int, columns: int) -> int:
+    """Most classes: a table has to serve 8192 codes, which also bounds what a hostile stream can make us allocate."""
+    return min(16, columns, max(1, rows * columns >> 13))
+
+
+def find_tables(sizes: Tensor) -> Tensor:
+    """The table of every symbol, from the number of symbols of every table."""
+    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), sizes)
+
+
+def build_lookup(freqs: Tensor) -> Tensor:
+    """Per table and low bits of a state: frequency << 32 | (bits - start of the symbol) << 8 | symbol as a byte."""
+    owner = torch.repeat_interleave(torch.arange(freqs.numel()), freqs.flatten())
+    starts = (freqs.cumsum(1) - freqs).flatten()
+    bits = torch.arange(len(owner)) & ((1 << TABLE_BITS) - 1)
+    return freqs.take(owner) << 32 | (bits - starts[owner]) << 8 | (owner - 128) & 255
+
+
+def build_frequencies(roots: Tensor) -> Tensor:
+    """(tables, symbols) square roots of frequencies, 0 to 255, to integer frequencies that sum to 2^14."""
+    weights = roots.long().square()
+    present, total = (weights > 0).long(), weights.sum(1, keepdim=True)
+    freqs = present + weights * ((1 << TABLE_BITS) - present.sum(1, keepdim=True)) // total
+    freqs[torch.arange(len(freqs)), freqs.argmax(1)] += (1 << TABLE_BITS) - freqs.sum(1)
+    return freqs
+
+
+def compute_roots(counts: Tensor) -> Tensor:
+    """Square roots are as exact for rare symbols as for common ones; in a byte they are finer than their noise."""
+    share = counts / counts.sum(1, keepdim=True)
+    return torch.where(counts > 0, (share.sqrt() * 256).round().clamp(1, 255), 0).to(torch.uint8)
+
+
+def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Class of each column per matrix, frequencies of all tables, number of symbols of each table."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
+    most = sum(3 + columns + 256 * count_classes(rows, columns) for rows, columns in shapes)
+    try:
+        side = bytearray(reader.decompress(packed, most + 1))
+    except lzma.LZMAError:
+        raise ValueError("tables do not decompress") from None
+    labels, roots, sizes, at = [], [], [], 0
+    for rows, columns in shapes:
+        count, low, high = side[at : at + 3] if len(side) >= at + 3 else (0, 0, 0)
+        width, body = high + 1 - low, at + 3 + columns
+        at = body + count * width
+        if not 0 < count <= count_classes(rows, columns) or width < 1 or at > len(side):
+            raise ValueError("tables are cut short or impossible")
+        label = torch.frombuffer(side, dtype=torch.uint8, count=columns, offset=body - columns).long()
+        deltas = torch.frombuffer(side, dtype=torch.uint8, count=count * width, offset=body).view(count, width)
+        table = torch.zeros(count, 256, dtype=torch.uint8)
+        table[:, low : high + 1] = deltas.cumsum(1)
+        if label.max() >= count or not table.any(1).all():
+            raise ValueError("a column has no table")
+        labels.append(label)
+        roots.append(table)
+        sizes.append(label.bincount(minlength=count) * rows)
+    if at != len(side) or not reader.eof or reader.unused_data:
+        raise ValueError("tables do not end where they should")
+    return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
+
+
+def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
+    """Side information, class of each column and tables: the number of classes that costs the fewest bytes."""
+    columns, low, high = codes.shape[1], int(codes.min()) + 128, int(codes.max()) + 128
+    index = (codes.long() + 128 + 256 * torch.arange(columns)).flatten()
+    counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
+    by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
+    best = None
+    for n_classes in (1, 2, 4, 8, 16):
+        if n_classes > count_classes(*codes.shape):
+            break
+        labels = torch.empty(columns, dtype=torch.long)
+        labels[by_size] = torch.arange(columns) * n_classes // columns
+        for _ in range(1 if n_classes == 1 else 6):  # k-means, with the price in whole 1/256 bits for a distance
+            kept = labels.unique(return_inverse=True)[1]
+            sums = torch.stack([counts[kept == label].sum(0) for label in range(int(kept.max()) + 1)])
+            roots = compute_roots(sums)
+            prices = (256 * (TABLE_BITS - build_frequencies(roots).double().clamp_min(2**-40).log2())).round()
+            labels = (counts @ prices.T).argmin(1)
+        deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
+        side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
+        price = len(compress(side)) + float((sums * prices).sum()) / 2048
+        if best is None or price < best[0]:
+            best = price, side, kept, F.pad(roots, (low, 255 - high))
+    return best[1:]
+
+
+def compress(side: bytes) -> bytes:
+    return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)
