@@ -181,7 +181,7 @@ def plot_stages(axes, runs: list[Run]) -> None:
         final = run.result["score_mode"]
         axes.scatter(scores[final], names.index(final), s=160, facecolors="none", edgecolors=run.color, linewidths=1.5)
         for name, value in scores.items():
-            if len(runs) == 1 or name == final:
+            if len(runs) == 1:  # of several runs, the numbers stand beside their names
                 axes.annotate(f"{value:.4f}", (value, names.index(name)), (0, 9), textcoords="offset points",
                               ha="center", fontsize=8, color=run.color)  # fmt: skip
     axes.set_yticks(range(len(names)), [STAGES[name] for name in names])

@@ -1963,9 +1963,9 @@ def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", de
     if scorer.is_per_document:
         tracks = tracks[ctx.rank :: ctx.world]
     share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
-    left = sum(-(-len(chunk[share]) // size) for track in tracks for chunk in track)  # batches
+    left = sum(len(chunk[share]) for track in tracks for chunk in track)  # windows
     done, spent = 0, 0.0
-    with progress_bar(left, "batch", f"scoring {name}", ctx.log) as bar:
+    with progress_bar(left, "window", f"scoring {name}", ctx.log) as bar:
         for track in tracks:
             for index, chunk in enumerate(track):
                 mine = chunk[share]
@@ -1973,8 +1973,8 @@ def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", de
                     started = time.perf_counter()
                     for positions, log_probs in scorer.log_probs(tokens, batch):
                         meter.add(tokens, positions, log_probs)
-                    done, left, spent = done + 1, left - 1, spent + time.perf_counter() - started
-                    bar.update()
+                    done, left, spent = done + len(batch), left - len(batch), spent + time.perf_counter() - started
+                    bar.update(len(batch))
                 if index + 1 < len(track):
                     scorer.observe(tokens, chunk, index / len(track), deadline - 1.2 * left * spent / max(done, 1))
             scorer.reset()
