@@ -132,7 +132,8 @@ def test_symbols_come_back_from_the_coder(steps):
     assert [decoder.next_symbol(table) for table in tables] == symbols
     decoder.check_end()
     bits = sum(codec.FREQ_BITS - math.log2(t[s]) for t, s in zip(tables, symbols))
-    assert bits - 1 <= 8 * len(payload) <= bits + 65 + len(steps) * 0.001
+    # no lower bound: the state begins at 0, so a row of first symbols at the end of the text is free
+    assert 8 * len(payload) <= bits + 65 + len(steps) * 0.001
 
 
 @pytest.mark.parametrize("rare", [1, 3, 1 << 12, 1 << 23])
