@@ -952,9 +952,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) ->
     # times faster than the library's kernel. The query heads that share keys are rows of one product.
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
-    out = []
-    for start in range(0, T, 128):
-        stop = min(start + 128, T)
+    out, block = [], 64 if H >= 4 * J else 128  # scores of one product stay in the cache
+    for start in range(0, T, block):
+        stop = min(start + block, T)
         low, high = max(0, past + start - window + 1), past + stop
         rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
         scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
