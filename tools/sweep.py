@@ -3,7 +3,8 @@
     python -m tools.sweep abcd abcdabc '(ab)*4' --out plans.png -- --recipe pocket --iterations 400
     python -m tools.sweep abcdabc 'ab(^cd)*rgh --skips none --sample_depth' --seeds 1337 42 -- --recipe pocket
 
-A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. What is
+A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. Seconds of a
+busy machine are no fair budget: steps that tools.bench says to take the same time are (--iterations of its own). What is
 finished is skipped and what was interrupted goes on: after Ctrl-C, type the same line again.
 """
 
@@ -28,7 +29,7 @@ from tools.plot import GREY, check_picture, import_pyplot, name_points, save_pic
 from tools.runlog import RunError, read_result
 from tools.stats import mean, sample_std
 
-SHARED = ("iterations", "max_wallclock_seconds", "data_path", "score_tokens", "score_mode")  # or nothing compares
+SHARED = ("data_path", "score_tokens", "score_mode")  # or nothing compares
 
 
 @dataclass(frozen=True)
