@@ -110,7 +110,6 @@ class Stored:
     score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
     stride: int = 64  # tokens that a sliding window scores
     band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
-    ttt_windows: str = "banded"  # sgd: how its tokens are scored, sliding or banded
     ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
     ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
     ttt_momentum: float = 0.9  # sgd: momentum
@@ -295,7 +294,6 @@ CHOICES = {
     "optimizer": ("muon", "lion"),
     "average": ("none", "swa", "ema"),
     "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
-    "ttt_windows": ("sliding", "banded"),
     "also": ("trained", "averaged", "plain", "sliding", "banded", "sgd", "lora", "none"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -1850,7 +1848,7 @@ class SgdScorer(WindowScorer):
     stretch = 2  # shorter windows, so that a chunk has some for every rank
 
     def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
-        super().__init__(model, config, ctx, config.ttt_windows)
+        super().__init__(model, config, ctx, "banded")
         self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
         for name, p in model.named_parameters():

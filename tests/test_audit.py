@@ -61,7 +61,7 @@ HONEST = {
     "plain": ("plain", {}), "sliding": ("sliding", {}), "banded": ("banded", dict(band=20)),
     "sliding, documents": ("sliding", dict(doc_attention=True)),
     "banded, documents": ("banded", dict(doc_attention=True)),
-    "sgd, banded": ("sgd", {}), "sgd, sliding": ("sgd", dict(ttt_windows="sliding")), "lora": ("lora", {}),
+    "sgd": ("sgd", {}), "lora": ("lora", {}),
     "no tables": ("plain", dict(smear=False, bigram_buckets=0, ve_passes="none")),
 }  # fmt: skip
 

@@ -63,10 +63,10 @@ MODEL = tiny_model(tiny_config(model_dim=4, num_heads=1, rope_dims=0))
 
 
 @given(st.integers(0, 500), st.integers(2, 40), st.integers(1, 40), st.integers(2, 200), st.integers(1, 40),
-       st.sampled_from(MODES), st.sampled_from(["sliding", "banded"]))  # fmt: skip
-def test_every_target_is_scored_exactly_once(n_tokens, seq_len, stride, chunk, band, mode, layout):
+       st.sampled_from(MODES))  # fmt: skip
+def test_every_target_is_scored_exactly_once(n_tokens, seq_len, stride, chunk, band, mode):
     config = tiny_config(seq_len=seq_len, batch_tokens=seq_len, stride=min(stride, seq_len), ttt_chunk=chunk,
-                         band=min(band, seq_len), lora_chunk=min(chunk, seq_len), ttt_windows=layout)  # fmt: skip
+                         band=min(band, seq_len), lora_chunk=min(chunk, seq_len))  # fmt: skip
     tokens = torch.where(torch.arange(n_tokens) % 17 == chunk % 17, 1, 7)
     scorer, tracks = plan_tracks(mode, config, tokens)
     windows = [window for track in tracks for chunk in track for window in chunk]
@@ -83,9 +83,9 @@ def test_every_target_is_scored_exactly_once(n_tokens, seq_len, stride, chunk, b
             assert context == min(w.first, 1 + scorer.length - scorer.stride), "a long context"
 
 
-@given(st.integers(2, 500), st.integers(2, 120), st.sampled_from(["sliding", "banded"]))
-def test_chunks_follow_each_other_and_have_their_size(n_tokens, size, layout):
-    (chunks,) = plan_tracks("sgd", tiny_config(ttt_chunk=size, ttt_windows=layout), torch.zeros(n_tokens))[1]
+@given(st.integers(2, 500), st.integers(2, 120))
+def test_chunks_follow_each_other_and_have_their_size(n_tokens, size):
+    (chunks,) = plan_tracks("sgd", tiny_config(ttt_chunk=size), torch.zeros(n_tokens))[1]
     for before, after in pairwise(chunks):
         assert before[-1].stop == after[0].first
     assert all((w.first - 1) // size == (chunk[0].first - 1) // size for chunk in chunks for w in chunk)
@@ -256,7 +256,7 @@ def test_control_tokens_have_no_bytes(counter):
 
 ADAPT = dict(ttt_chunk=64, ttt_epochs=2, ttt_lr=0.5, ttt_clip=5.0, lora_chunk=16, lora_lr=0.3)
 KINDS = {
-    "sgd, sliding": ("sgd", dict(ttt_windows="sliding")), "sgd, banded": ("sgd", dict(ttt_windows="banded", band=12)),
+    "sgd": ("sgd", {}), "sgd, band": ("sgd", dict(band=12)),
     "lora": ("lora", {}), "lora, band": ("lora", dict(band=12)),
 }  # fmt: skip
 
@@ -309,10 +309,6 @@ def test_adaptation_changes_later_scores_only(kind, tokens):
     same = (still == moved).all(1)
     first = 64 if "sgd" in kind else 16
     assert same[1 : first + 1].all() and not same[first + 33 :].any()
-    if kind == "sgd, sliding":
-        config, meter = tiny_config(**ADAPT), Recorder(len(tokens))
-        score_tokens(build_scorer("sliding", tiny_model(config), config, tiny_context()), tokens, meter)
-        torch.testing.assert_close(meter.rows[1:], still[1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,11 +343,6 @@ def test_without_time_everything_is_scored_and_nothing_learnt(kind, tokens):
     rows, story, scorer = record(kind, tokens, deadline=-math.inf)
     assert scorer.updates == 0 and scorer.skipped >= len(story) > 2
     assert torch.equal(rows[1:], record(kind, tokens, ttt_lr=0.0, lora_lr=0.0)[0][1:])
-
-
-def test_a_chunk_shorter_than_a_sequence_teaches_nothing(tokens):
-    _, story, scorer = record("sgd, sliding", tokens, ttt_chunk=16)
-    assert len(story) > 10 and scorer.updates == ADAPT["ttt_epochs"], "only the first window is that long"
 
 
 def test_frozen_blocks_stay_and_the_others_adapt(tokens):
