@@ -3,9 +3,9 @@
     python -m tools.sweep abcd abcdabc '(ab)*4' --out plans.png -- --recipe pocket --iterations 400
     python -m tools.sweep abcdabc 'ab(^cd)*rgh --skips none --sample_depth' --seeds 1337 42 -- --recipe pocket
 
-A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. Seconds of a
-busy machine are no fair budget: steps that tools.bench says to take the same time are (--iterations of its own). What is
-finished is skipped and what was interrupted goes on: after Ctrl-C, type the same line again.
+A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. Where other
+work disturbs the clock, equal time is better given as steps (--iterations in the quotes, from tools.bench --against).
+What is finished is skipped and what was interrupted goes on: after Ctrl-C, type the same line again.
 """
 
 from __future__ import annotations
