@@ -936,7 +936,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) ->
     q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
-    if q.is_cuda:
+    if q.device.type != "cpu":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         mask = None
         if past or window < L or docs is not None:

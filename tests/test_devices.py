@@ -1,0 +1,55 @@
+"""Training and scoring on a device that is not the CPU, without having one: tensors that only know their
+shape, dtype and device, on a made-up accelerator. PyTorch refuses an operation that mixes devices, as a GPU would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ("pocket", "frontier", "looped_s20", "osrt_v4")  # together they have every part
+SIZE = dict(model_dim=64, num_heads=4, rope_dims=16, seq_len=64, vocab_size=256, batch_tokens=256, moe_hidden=32,
+            depth=1, checkpoint_passes=False, compile="none")  # fmt: skip
+PLAY = """
+import sys, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.utils.backend_registration._setup_privateuseone_for_python_backend("made_up")
+import train_gpt
+from train_gpt import Config, Latents, Optimizers, RunContext, Settings
+from tests.test_devices import RECIPES, SIZE
+
+device = torch.device("made_up:0")
+ctx = RunContext(0, 1, device, torch.bfloat16, "none", train_gpt.Log(quiet=True))
+for recipe in RECIPES:
+    given = train_gpt.RECIPES[recipe]
+    same = given.get("num_heads", 32) == given.get("num_kv_heads", 8)
+    config = Config(**given | SIZE | dict(num_kv_heads=4 if same else 2))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with device:
+            model = train_gpt.LoopedGPT(config, ctx.dtype)
+        latents = Latents(model, train_gpt.build_grids(config, model, 1.0))
+        optim = Optimizers(model, latents, config, ctx)
+        latents.publish()
+        batch = torch.zeros(2, 4, 64, dtype=torch.long, device=device)
+        loss = train_gpt.train_step(model, optim, batch, Settings(1.0, 0.9, config.depth), config, ctx)
+        assert loss.device == device and all(w.device == device for w in latents.weights.values())
+        train_gpt.WeightAverage(config).update(latents.weights, 0, 1.0)
+        tokens = torch.zeros(300, dtype=torch.long)
+        for mode in ("banded", "lora"):
+            scorer = train_gpt.build_scorer(mode, model, config, ctx)
+            for positions, log_probs in scorer.log_probs(tokens, scorer.windows(300)[:3]):
+                assert log_probs.device == device and positions.device.type == "cpu"
+    print(recipe)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot make one up",
+)
+def test_no_operation_mixes_devices():
+    """In a process of its own: a device that was made up once stays."""
+    found = subprocess.run([sys.executable, "-c", PLAY], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.split() == list(RECIPES), found.stderr[-2000:]
