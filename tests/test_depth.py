@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, clean_environment, tiny_options, write_artifact
+from helpers import ROOT, clean_environment, events, tiny_options, write_artifact
 
 import train_gpt
 from tools import depth, sweep
@@ -131,7 +131,7 @@ def test_a_fixed_plan_and_a_damaged_artifact_are_refused(artifact, dataset, toke
 # Sweeps
 
 RUN = dict(model_dim=16, iterations=2, bigram_buckets=0, ve_passes="none", seq_len=32, score_tokens=100)
-PLANS = ["ab", "a(b)*r --skips none --depth 2"]
+PLANS = ["ab", "a(b)*r --skips none --depth 2 --moe_experts 2 --moe_hidden 16 --moe_top 1"]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,9 @@ def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
         assert row["val_bpb_std"] is None and row["val_bpb_runs"] == [row["val_bpb"]] and row["steps"] == 2
         assert row["tokens_per_s"] == pytest.approx(float(result["tokens"]) / float(result["train_s"]))
         assert (train_gpt.load_artifact(swept / row["runs"][0] / "artifact.lg").stored["plan"]) == row["plan"]
+        [head] = events((swept / row["runs"][0] / "log.txt").read_text(), "run")
+        assert row["code_sha256"] == head["code_sha256"]  # with experts there is another module to count
+    assert len({row["code_sha256"] for row in found["plans"]}) == 2
     assert found["plans"][1]["flops_per_token"] > found["plans"][0]["flops_per_token"]
 
 

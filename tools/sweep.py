@@ -39,6 +39,7 @@ class Row:
     plan: str
     options: str
     runs: list[str]
+    code_sha256: str
     params: int
     flops_per_token: int
     artifact_bytes: float
@@ -78,7 +79,8 @@ def summarize(text: str, plans: list[seeds.Plan]) -> Row:
     scores = columns["val_bpb"]
     params, flops = count_work(config)
     return Row(
-        plan, shlex.join(own), [str(plan.folder) for plan in plans], params, flops, mean(columns["artifact_bytes"]), mean(scores), sample_std(scores) if len(scores) > 1 else None,
+        plan, shlex.join(own), [str(plan.folder) for plan in plans], train_gpt.hash_counted_code(config.moe_experts),
+        params, flops, mean(columns["artifact_bytes"]), mean(scores), sample_std(scores) if len(scores) > 1 else None,
         scores, mean(columns["steps"]), mean(columns["train_s"]), sum(columns["tokens"]) / sum(columns["train_s"]),
     )  # fmt: skip
 
@@ -165,7 +167,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     check_alike(plans)
     seeds.run_missing([run for runs in plans.values() for run in runs], args.nproc, environ)
     rows = [summarize(text, runs) for text, runs in plans.items()]
-    report = dict(name=args.name, code_sha256=train_gpt.hash_counted_code(), seeds=args.seeds, options=options, plans=[asdict(row) for row in rows])
+    report = dict(name=args.name, seeds=args.seeds, options=options, plans=[asdict(row) for row in rows])
     print(json.dumps(report, indent=1) if args.json else format_table(rows))
     if args.out:
         draw(rows, args.out)
