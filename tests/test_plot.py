@@ -4,17 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import run_cli, tiny_options
+from helpers import train
 
 from tools import plot
 
 
 @pytest.fixture(scope="module")
 def folder(dataset, tmp_path_factory) -> Path:
-    cwd = tmp_path_factory.mktemp("plot")
-    done = run_cli(tiny_options(dataset, run_id="a", also="plain,banded,trained"), cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "runs" / "a"
+    return train(tmp_path_factory.mktemp("plot"), dataset, run_id="a", also="plain,banded,trained")
 
 
 def test_what_is_drawn_is_what_was_run(folder):
