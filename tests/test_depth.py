@@ -150,6 +150,10 @@ def swept(options, tmp_path_factory) -> Path:
     return cwd
 
 
+def count_params(folder: Path) -> int:
+    return int(events((folder / "log.txt").read_text(), "model")[0]["params"])
+
+
 def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
     monkeypatch.chdir(swept)
     folders = sorted((swept / "runs").iterdir())
@@ -169,6 +173,7 @@ def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
         assert row["val_bpb_std"] is None and row["val_bpb_runs"] == [row["val_bpb"]] and row["steps"] == 2
         assert row["tokens_per_s"] == pytest.approx(float(result["tokens"]) / float(result["train_s"]))
         assert (train_gpt.load_artifact(swept / row["runs"][0] / "artifact.lg").stored["plan"]) == row["plan"]
+        assert row["train_s"] == float(result["train_s"]) and row["params"] == count_params(swept / row["runs"][0])
         [head] = events((swept / row["runs"][0] / "log.txt").read_text(), "run")
         assert row["code_sha256"] == head["code_sha256"]  # with experts there is another module to count
     assert len({row["code_sha256"] for row in found["plans"]}) == 2

@@ -17,7 +17,7 @@ import train_gpt
 from tools import seeds
 from tools.stats import sample_std
 
-RUN = SMALL | dict(iterations=80, also="trained", score_tokens=400)
+RUN = SMALL | dict(iterations=200, also="trained", score_tokens=400)
 
 
 def arguments(dataset: Path, *numbers: int, name: str = "s", **changes) -> list[str]:
@@ -66,12 +66,12 @@ def test_an_interrupted_series_goes_on(series):
     cwd, done, before = series
     assert done.returncode == 0, done.stderr
     stopped = int(events(before, "train")[-1]["step"])
-    assert 5 <= stopped < 80 and not events(before, "result")
+    assert 5 <= stopped < 200 and not events(before, "result")
     text = (cwd / "runs" / "s-seed3" / "log.txt").read_text()
     assert text.startswith(before)
     assert events(text, "resume")[0]["step"] == str(stopped)  # the child had saved a checkpoint
     steps = [int(line["step"]) for line in events(text, "train")]
-    assert steps == list(range(1, 81))  # none was made twice
+    assert steps == list(range(1, 201))  # none was made twice
     assert "# seed 3: interrupted" in done.stderr and "# seed 11: new" in done.stderr
 
 

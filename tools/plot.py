@@ -250,8 +250,6 @@ def draw(folders: list[Path], out: Path) -> Path:
 def run(args: argparse.Namespace) -> None:
     if args.out is None and len(args.runs) > 1:
         raise RunError("several runs need --out, the picture to write")
-    if args.out:
-        check_picture(args.out)
     print(f"picture path:{draw(args.runs, args.out or args.runs[0] / 'report.png')}")
 
 
