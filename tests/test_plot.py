@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import events, train
 
 import train_gpt
@@ -17,12 +18,18 @@ def folder(dataset, tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("plot"), dataset, run_id="a", also="plain,banded,trained")
 
 
-def test_what_is_drawn_is_what_was_run(folder):
+def test_what_is_drawn_is_what_was_run(folder, dataset):
     run = plot.load_run(folder, plot.COLORS[0])
     assert [step["step"] for step in run.steps] == [1, 2, 3, 4]
     assert sum(run.bytes_by_part.values()) == pytest.approx(int(run.result["total_bytes"]))
     assert all(size > 0 for size in run.bytes_by_part.values()) and run.bytes_by_part["code"] == 1000
-    assert len(run.stream) == 4 and run.stream[0] > 0.5
+    artifact, states = train_gpt.load_artifact(folder / "artifact.lg"), []
+    model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
+    train_gpt.load_weights(model, artifact.tensors)
+    tokens = torch.from_numpy(train_gpt.TokenStream(str(dataset), "val", 384).read(0, 4 * 32))
+    with torch.no_grad():
+        model(tokens.view(4, 32), watch=lambda _, x: states.append(x.numpy()) or x)
+    assert run.stream == pytest.approx([np.sqrt(np.mean(x**2)) for x in states], rel=1e-5) and len(states) == 4
 
 
 def test_bytes_are_shared_out_by_what_the_codes_say(folder):
