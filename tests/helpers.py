@@ -1,5 +1,6 @@
 """What the tests share: a tiny config, the command line in a folder of its own, and log lines read back."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -20,6 +21,9 @@ TINY = dict(
     dtype="float32", checkpoint_every_s=0.0, log_every=1,
     calibration_tokens=0, lora_rank=2, lora_chunk=16,
 )  # fmt: skip
+
+# for artifacts that are loaded often: decoding takes a step in Python for every weight
+SMALL = dict(model_dim=8, num_heads=1, rope_dims=4, bigram_buckets=8, bigram_dim=4, ve_dim=4)
 
 
 def tiny_config(**changes) -> train_gpt.Config:
@@ -51,9 +55,8 @@ def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer
 
 
 def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:
-    """An artifact of few weights with its tokenizer beside it: codes in a short stream are slow to decode."""
-    small = dict(model_dim=8, num_heads=1, rope_dims=4, bigram_buckets=8, bigram_dim=4, ve_dim=4)
-    config, digest = tiny_config(**small | changes), hashlib.sha256(tokenizer_bytes).hexdigest()
+    """An artifact of few weights with its tokenizer beside it."""
+    config, digest = tiny_config(**SMALL | changes), hashlib.sha256(tokenizer_bytes).hexdigest()
     model = tiny_model(config)
     with torch.no_grad():
         model.embed.weight.mul_(2.0)  # predictions that are far from uniform
@@ -85,6 +88,13 @@ def run_cli(arguments: list[str], cwd: Path, ranks: int = 0, **environ) -> subpr
     return subprocess.run(
         command, cwd=cwd, env=clean_environment(**environ), capture_output=True, text=True, timeout=120
     )
+
+
+def train(cwd: Path, dataset: Path, **settings) -> Path:
+    """A run of a small model in this process, without the seconds that another one takes to start."""
+    with contextlib.chdir(cwd):
+        assert train_gpt.main(tiny_options(dataset, **(SMALL | settings)), {}) == 0
+    return cwd / "runs" / settings["run_id"]
 
 
 def parse_line(line: str) -> tuple[str, dict[str, str]]:

@@ -3,10 +3,13 @@ bad input is one line. No timing is asserted: pytest tests/test_bench.py
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from helpers import TINY, options
+import torch
+from helpers import TINY, options, tiny_context
 
+import train_gpt
 from tools import bench
 
 SMALL = ["--", *options(recipe="pocket", **TINY | dict(batch_tokens=64))]
@@ -23,7 +26,36 @@ def test_the_parts_make_the_step_and_the_floor_is_its_arithmetic(capsys):
     assert all(ms > 0 for ms in parts) and sum(parts) == pytest.approx(step["step_ms"], rel=0.5)
     assert step["share_of_peak"] == pytest.approx(step["floor_ms"] / step["step_ms"])
     assert step["tokens_per_s"] == pytest.approx(64 / step["step_ms"] * 1000)
+    config, _ = train_gpt.parse_config(SMALL[1:], {})
+    flops = 64 * train_gpt.compute_flops(config, config.depth)
+    assert step["achieved_tflops"] * step["step_ms"] * 1e9 == pytest.approx(flops)
+    assert step["peak_tflops"] * step["floor_ms"] * 1e9 == pytest.approx(flops)
     assert 0 < step["share_of_peak"] < 1 and step["peak_memory_mb"] > 10
+
+
+def test_a_step_does_what_that_of_a_run_does(tmp_path):
+    """Measured in parts or whole, the same weights come out; of two micro batches."""
+    parts, whole = (bench.Case([*SMALL[1:], "--micro_batch=1"], tmp_path) for _ in "ab")
+    parts.step()
+    config, ctx = whole.config, whole.ctx
+    batch, settings = train_gpt.load_batch(whole.stream, 0, config, ctx), train_gpt.settings_at(config, 0.5)
+    before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    train_gpt.train_step(whole.model, whole.optim, batch, settings, config, ctx)
+    after = dict(parts.model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in whole.model.named_parameters())
+    assert not torch.equal(after["embed.weight"], before["embed.weight"])
+
+
+def test_the_ratio_is_that_of_times_per_token():
+    order = []
+
+    def case(name: str, batch_tokens: int, *seconds: float) -> SimpleNamespace:
+        left, config = iter(seconds), SimpleNamespace(batch_tokens=batch_tokens)
+        return SimpleNamespace(config=config, ctx=tiny_context(), step=lambda: order.append(name) or next(left))
+
+    found = bench.compare(case("a", 100, 3.0, 9.0, 4.0), case("b", 200, 2.0, 3.0, 4.0), 3)
+    assert found == dict(ratio=pytest.approx(3), lowest=pytest.approx(2), highest=pytest.approx(6), rounds=3)
+    assert order == list("ababab")
 
 
 def test_two_configurations_take_turns(capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, clean_environment, tiny_options, write_artifact
+from helpers import ROOT, clean_environment, events, tiny_options, write_artifact
 
 import train_gpt
 from tools import depth, sweep
@@ -131,7 +131,7 @@ def test_a_fixed_plan_and_a_damaged_artifact_are_refused(artifact, dataset, toke
 # Sweeps
 
 RUN = dict(model_dim=16, iterations=2, bigram_buckets=0, ve_passes="none", seq_len=32, score_tokens=100)
-PLANS = ["ab", "a(b)*r --skips none --depth 2"]
+PLANS = ["ab", "a(b)*r --skips none --depth 2 --moe_experts 2 --moe_hidden 16 --moe_top 1"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,10 @@ def swept(options, tmp_path_factory) -> Path:
             patch.setenv(name, value)
         assert sweep.main([*PLANS, "--seeds", "3", "--", *options]) == 0
     return cwd
+
+
+def count_params(folder: Path) -> int:
+    return int(events((folder / "log.txt").read_text(), "model")[0]["params"])
 
 
 def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
@@ -169,6 +173,10 @@ def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
         assert row["val_bpb_std"] is None and row["val_bpb_runs"] == [row["val_bpb"]] and row["steps"] == 2
         assert row["tokens_per_s"] == pytest.approx(float(result["tokens"]) / float(result["train_s"]))
         assert (train_gpt.load_artifact(swept / row["runs"][0] / "artifact.lg").stored["plan"]) == row["plan"]
+        assert row["train_s"] == float(result["train_s"]) and row["params"] == count_params(swept / row["runs"][0])
+        [head] = events((swept / row["runs"][0] / "log.txt").read_text(), "run")
+        assert row["code_sha256"] == head["code_sha256"]  # with experts there is another module to count
+    assert len({row["code_sha256"] for row in found["plans"]}) == 2
     assert found["plans"][1]["flops_per_token"] > found["plans"][0]["flops_per_token"]
 
 

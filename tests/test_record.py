@@ -1,7 +1,6 @@
 """tools.record: a folder that it builds is sound; every fault that is planted in one is found, by the right rule; what it
 says of strangers' folders; and which of two records is better."""
 
-import contextlib
 import json
 import math
 import re
@@ -10,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import tiny_options
+from helpers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,22 +21,15 @@ from tools.trainlog import read_train_log
 from tools.verdicts import BAD, OK, UNKNOWN
 
 SEEDS = (42, 1337, 2024)
-SMALL = dict(model_dim=16, ve_dim=4, bigram_dim=4)  # decoding takes a step in Python for every weight
-RUN = SMALL | dict(iterations=4, byte_limit=16_000_000, code_reserve=24_000, score_tokens=0, also="trained,plain")
+RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=24_000, score_tokens=0, also="trained,plain")
 META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Four steps of a tiny model."]
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
-
-
-def train(cwd: Path, dataset: Path, run_id: str, **settings) -> Path:
-    with contextlib.chdir(cwd):
-        assert train_gpt.main(tiny_options(dataset, **(RUN | settings), run_id=run_id), {}) == 0
-    return cwd / "runs" / run_id
 
 
 @pytest.fixture(scope="module")
 def runs(dataset, tmp_path_factory) -> list[Path]:
     cwd = tmp_path_factory.mktemp("runs")
-    return [train(cwd, dataset, f"r{seed}", seed=seed) for seed in SEEDS]
+    return [train(cwd, dataset, **RUN, run_id=f"r{seed}", seed=seed) for seed in SEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -512,7 +504,7 @@ def refused(capsys, out: Path, *made: Path) -> str:
 
 
 def test_runs_that_do_not_match_are_refused(runs, dataset, tmp_path, capsys):
-    other = train(tmp_path, dataset, "other", seed=7, matrix_lr=0.5)
+    other = train(tmp_path, dataset, **RUN, run_id="other", seed=7, matrix_lr=0.5)
     capsys.readouterr()
     out = tmp_path / "2026-05-01_No"
     assert refused(capsys, out, *runs[:2], other) == (

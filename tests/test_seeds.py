@@ -1,21 +1,23 @@
 """tools.seeds: every seed is trained once, an interrupted series goes on, and the table holds what the runs found."""
 
+import io
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, events, tiny_options
+from helpers import ROOT, SMALL, clean_environment, events, tiny_options
 
 import train_gpt
 from tools import seeds
 from tools.stats import sample_std
 
-RUN = dict(model_dim=16, ve_dim=4, bigram_dim=4, iterations=80, also="trained", score_tokens=400)
+RUN = SMALL | dict(iterations=200, also="trained", score_tokens=400)
 
 
 def arguments(dataset: Path, *numbers: int, name: str = "s", **changes) -> list[str]:
@@ -50,21 +52,26 @@ def series(dataset, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess
     out, err = first.communicate(timeout=60)
     assert first.returncode == 1 and not out and err.endswith("the same command goes on where it stopped\n")
     before = log.read_text()
-    again = start(cwd, arguments(dataset, 3, 11))
-    out, err = again.communicate(timeout=120)
-    return cwd, subprocess.CompletedProcess(again.args, again.returncode, out, err), before
+    with pytest.MonkeyPatch.context() as patch, open(cwd / "err", "w+") as err, redirect_stdout(io.StringIO()) as out:
+        patch.chdir(cwd)
+        patch.setattr(sys, "stderr", err)
+        for name, value in clean_environment(PYTHONPATH=ROOT).items():
+            patch.setenv(name, value)
+        code = seeds.main(again := arguments(dataset, 3, 11))
+        err.seek(0)
+        return cwd, subprocess.CompletedProcess(again, code, out.getvalue(), err.read()), before
 
 
 def test_an_interrupted_series_goes_on(series):
     cwd, done, before = series
     assert done.returncode == 0, done.stderr
     stopped = int(events(before, "train")[-1]["step"])
-    assert 5 <= stopped < 80 and not events(before, "result")
+    assert 5 <= stopped < 200 and not events(before, "result")
     text = (cwd / "runs" / "s-seed3" / "log.txt").read_text()
     assert text.startswith(before)
     assert events(text, "resume")[0]["step"] == str(stopped)  # the child had saved a checkpoint
     steps = [int(line["step"]) for line in events(text, "train")]
-    assert steps == list(range(1, 81))  # none was made twice
+    assert steps == list(range(1, 201))  # none was made twice
     assert "# seed 3: interrupted" in done.stderr and "# seed 11: new" in done.stderr
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from data.shards import DataError
 from tools.plot import import_pyplot
+from tools.program import run_program
 from tools.runlog import RunError
 
 
@@ -134,6 +134,21 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     print(f"fit path:{out} bytes:{len(content)} room:{room}{share}")
 
 
+def run(args: argparse.Namespace) -> int | None:
+    if args.command == "show":
+        show(args.artifact, args.picture)
+    elif args.command == "verify":
+        artifact = train_gpt.load_artifact(args.artifact)
+        print(f"sound path:{args.artifact} bytes:{artifact.size} sha256:{artifact.sha256}")
+    elif args.command == "diff":
+        return diff(args.artifact, args.other)
+    elif args.command == "size":
+        return size(args.artifact, args.code, args.byte_limit)
+    else:
+        fit(args.run, args.byte_limit, args.out)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -158,22 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        if args.command == "show":
-            show(args.artifact, args.picture)
-        elif args.command == "verify":
-            artifact = train_gpt.load_artifact(args.artifact)
-            print(f"sound path:{args.artifact} bytes:{artifact.size} sha256:{artifact.sha256}")
-        elif args.command == "diff":
-            return diff(args.artifact, args.other)
-        elif args.command == "size":
-            return size(args.artifact, args.code, args.byte_limit)
-        else:
-            fit(args.run, args.byte_limit, args.out)
-    except (RunError, OSError, train_gpt.Stop, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RunError) else train_gpt.exit_code(error)
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

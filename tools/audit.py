@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from data.shards import DataError
+from tools.program import run_program
 from tools.runlog import RunError
 from train_gpt import BpbMeter, ByteCounter, Window, WindowScorer, score_tokens
 
@@ -46,7 +46,7 @@ KEPT_FAULTS = 20  # examples of a violation in the report
 TEXT_TOKENS = 1 << 20  # validation tokens whose bytes are compared with the text
 
 
-class AuditError(ValueError):
+class AuditError(train_gpt.Stop):
     """An audit that would prove nothing: one line that says why and how to mend it."""
 
 
@@ -442,6 +442,17 @@ def show(report: dict) -> None:
     print(f"verdict {report['verdict']}")
 
 
+def run(args: argparse.Namespace) -> int:
+    path = args.artifact / "artifact.lg" if args.artifact.is_dir() else args.artifact
+    if not path.is_file():
+        raise RunError(f"{path}: no such file; name an artifact, or the folder of a finished run")
+    report = audit_artifact(path, args)
+    content = json.dumps(report, indent=1, ensure_ascii=False)
+    train_gpt.write_atomic(args.out or path.with_name("audit.json"), content.encode() + b"\n")
+    print(content) if args.json else show(report)
+    return 4 if report["verdict"] == "violated" else 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="artifact, or the folder of a finished run")
@@ -460,18 +471,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.probes < 0 or args.span < 0:
         parser.error("--probes and --span count from 0")
-    path = args.artifact / "artifact.lg" if args.artifact.is_dir() else args.artifact
-    try:
-        if not path.is_file():
-            raise RunError(f"{path}: no such file; name an artifact, or the folder of a finished run")
-        report = audit_artifact(path, args)
-        content = json.dumps(report, indent=1, ensure_ascii=False)
-        train_gpt.write_atomic(args.out or path.with_name("audit.json"), content.encode() + b"\n")
-    except (AuditError, RunError, OSError, train_gpt.Stop, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (AuditError, RunError)) else train_gpt.exit_code(error)
-    print(content) if args.json else show(report)
-    return 4 if report["verdict"] == "violated" else 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

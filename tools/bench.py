@@ -27,6 +27,7 @@ import torch
 
 import train_gpt
 from data.shards import write_shard
+from tools.program import run_program
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 WARM_STEPS = 2  # after the one that compiles
@@ -156,48 +157,46 @@ def compare(a: Case, b: Case, rounds: int) -> dict:
     return dict(ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios), rounds=rounds)
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.steps < 1 or args.score_tokens < 2:
+        raise train_gpt.ConfigError("--steps and --score_tokens must be positive")
+    known, modes = train_gpt.CHOICES["score_mode"], [mode for mode in args.modes.split(",") if mode]
+    if wrong := set(modes) - set(known):
+        raise train_gpt.ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as folder:
+        case = Case(args.options, Path(folder))
+        found: dict = {}
+        if args.against is not None:
+            other = Case(args.options + args.against, Path(folder))
+            found["against"] = compare(case, other, args.steps)
+        while len(case.steps) < args.steps:
+            case.step()
+        peak = measure_peak(case.ctx)
+        found = dict(step=case.report(peak)) | found
+        if args.against is not None:
+            found["other"] = other.report(peak)
+        found["score"] = [case.score_speed(mode, args.score_tokens) for mode in modes]
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for event in ("step", "other", "against"):
+        if event in found:
+            case.ctx.log(event, **found[event])
+    for row in found["score"]:
+        case.ctx.log("score", **row)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--steps", type=int, default=8, help="measured steps, or rounds with --against [8]")
-    parser.add_argument("--against", metavar="OPTIONS", help="a second configuration: changes to the first")
+    parser.add_argument("--against", type=shlex.split, metavar="OPTIONS", help="a second one: changes to the first")
     parser.add_argument("--modes", default="", help="also score: plain,sliding,banded,sgd,lora")
     parser.add_argument("--score_tokens", type=int, default=16384, help="tokens to score in each mode [16384]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("options", nargs="*", help="options of train_gpt.py, after --")
     args = parser.parse_args(argv)
-    try:
-        if args.steps < 1 or args.score_tokens < 2:
-            raise train_gpt.ConfigError("--steps and --score_tokens must be positive")
-        known, modes = train_gpt.CHOICES["score_mode"], [mode for mode in args.modes.split(",") if mode]
-        if wrong := set(modes) - set(known):
-            raise train_gpt.ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
-        with tempfile.TemporaryDirectory() as folder:
-            case = Case(args.options, Path(folder))
-            log = case.ctx.log
-            found: dict = {}
-            if args.against is not None:
-                other = Case(args.options + shlex.split(args.against), Path(folder))
-                found["against"] = compare(case, other, args.steps)
-            while len(case.steps) < args.steps:
-                case.step()
-            peak = measure_peak(case.ctx)
-            found = dict(step=case.report(peak)) | found
-            if args.against is not None:
-                found["other"] = other.report(peak)
-            found["score"] = [case.score_speed(mode, args.score_tokens) for mode in modes]
-    except (train_gpt.Stop, train_gpt.DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    for event in ("step", "other", "against"):
-        if event in found:
-            log(event, **found[event])
-    for row in found["score"]:
-        log("score", **row)
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from data.shards import DataError
 from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
+from tools.program import run_program
 
 MAGIC, VERSION = b"LOOPTEXT", 1
 FREQ_BITS = 24  # frequencies sum to 2^24: 1,024 symbols that all get at least 1 take 0.006% of it
@@ -243,7 +243,7 @@ def decode(predictor: Predictor, header: dict, payload: bytes, out: Path) -> dic
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def convert(args: argparse.Namespace) -> dict:
     content = read_file(args.file)
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise InputError(f"{args.out}: no file can be written there; name one in a folder that exists")
@@ -255,6 +255,11 @@ def run(args: argparse.Namespace) -> dict:
         return decode(predictor, header, payload, args.out)
     except DamagedFile as error:
         raise DamagedFile(f"{args.file}: {error}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    report = convert(args)
+    print(json.dumps(report)) if args.json else train_gpt.Log()(f"{args.command}d", **report)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -272,16 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        report = run(args)
-        print(json.dumps(report)) if args.json else train_gpt.Log()(f"{args.command}d", **report)
-    except (OSError, train_gpt.Stop, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return train_gpt.exit_code(error)
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ from pathlib import Path
 from torch import Tensor
 
 import train_gpt
-from data.shards import DataError
 from tools.exits import EarlyExit
 from tools.plot import COLORS, GREY, check_picture, import_pyplot, name_points, save_picture
 from tools.predict import InputError
-from tools.runlog import RunError
+from tools.program import run_program
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,17 @@ def draw(report: Report, out: Path) -> None:
     save_picture(figure, out)
 
 
+def run(args: argparse.Namespace) -> None:
+    options = [f"--score_tokens={args.score_tokens}"] + [f"--data_path={args.data_path}"] * (args.data_path is not None)
+    taus = args.exit if args.exit is not None else [0.3, 0.2, 0.1, 0.05] if args.mode == "plain" else []
+    if args.out:
+        check_picture(args.out)
+    report = study_depth(args.artifact, args.depths, taus, args.mode, options)
+    print(json.dumps(asdict(report), indent=1) if args.json else format_table(report))
+    if args.out:
+        draw(report, args.out)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.depth", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -200,22 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    options = [f"--score_tokens={args.score_tokens}"] + [f"--data_path={args.data_path}"] * (args.data_path is not None)
-    taus = args.exit if args.exit is not None else [0.3, 0.2, 0.1, 0.05] if args.mode == "plain" else []
-    try:
-        if args.out:
-            check_picture(args.out)
-        report = study_depth(args.artifact, args.depths, taus, args.mode, options)
-        print(json.dumps(asdict(report), indent=1) if args.json else format_table(report))
-        if args.out:
-            draw(report, args.out)
-    except (RunError, train_gpt.Stop, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RunError) else train_gpt.exit_code(error)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

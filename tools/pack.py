@@ -27,6 +27,7 @@ from collections import deque
 from pathlib import Path
 
 import train_gpt
+from tools.program import run_program
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 ENTRY = "train_gpt"
@@ -51,12 +52,8 @@ sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
 KEPT_LOCALS, KEPT_GLOBALS = ("config", "ctx", "model", "self"), dir(builtins)
 
 
-class PackError(Exception):
-    """Packing cannot go on: one line, and the exit code."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+class PackError(train_gpt.Stop):
+    """Packing cannot go on: one line that says why and names the mend."""
 
 
 def find_module(name: str) -> Path | None:
@@ -123,7 +120,7 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     try:
         import python_minifier
     except ImportError:
-        raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt", 2) from None
+        raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt") from None
     fixed = []
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign):
@@ -165,27 +162,26 @@ def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
     return buffer.getvalue(), {name: len(text) for name, text in texts.items()}
 
 
+def run(args: argparse.Namespace) -> None:
+    if unknown := [name for name in args.lazy if not find_module(name)]:
+        raise PackError(f"--with {unknown[0]}: no module of this repository; write it like kernels.moe")
+    content, sizes = pack(load_counted(args.lazy))
+    largest = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])[:3])
+    if len(content) > args.code_reserve:
+        over = f"{len(content)} bytes, more than code_reserve={args.code_reserve}"
+        raise train_gpt.DoesNotFit(f"the packed code has {over}; characters before compression: {largest}")
+    train_gpt.write_atomic(args.out, content)
+    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{sum(sizes.values())} reserve:{args.code_reserve} "
+          f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
     parser.add_argument("--with", dest="lazy", nargs="+", default=[], metavar="MODULE", help="lazy imports to pack")
     args = parser.parse_args(argv)
-    try:
-        if unknown := [name for name in args.lazy if not find_module(name)]:
-            raise PackError(f"--with {unknown[0]}: no module of this repository; write it like kernels.moe", 2)
-        content, sizes = pack(load_counted(args.lazy))
-        largest = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])[:3])
-        if len(content) > args.code_reserve:
-            raise PackError(f"the packed code has {len(content)} bytes, more than code_reserve={args.code_reserve}; "
-                            f"characters before compression: {largest}", 3)  # fmt: skip
-        train_gpt.write_atomic(args.out, content)
-    except (PackError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{sum(sizes.values())} reserve:{args.code_reserve} "
-          f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

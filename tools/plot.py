@@ -21,6 +21,7 @@ import torch
 
 import train_gpt
 from data.shards import DataError
+from tools.program import run_program
 from tools.runlog import RunError, read_log, read_result
 
 # colours that stay apart for colour-blind eyes (Okabe and Ito)
@@ -246,20 +247,19 @@ def draw(folders: list[Path], out: Path) -> Path:
     return out
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.out is None and len(args.runs) > 1:
+        raise RunError("several runs need --out, the picture to write")
+    print(f"picture path:{draw(args.runs, args.out or args.runs[0] / 'report.png')}")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="picture to write (one run: report.png in its folder)")
     args = parser.parse_args(argv)
-    try:
-        if args.out is None and len(args.runs) > 1:
-            raise RunError("several runs need --out, the picture to write")
-        print(f"picture path:{draw(args.runs, args.out or args.runs[0] / 'report.png')}")
-    except (RunError, train_gpt.Stop, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from pathlib import Path
 import train_gpt
 from tools import entry as layout
 from tools.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
-from tools.pack import ROOT, PackError
+from tools.pack import ROOT
+from tools.program import run_program
 from tools.rules import RULES, judge
 from tools.runlog import RunError, read_result
 from tools.script import counted_sources, hash_sources, join_sources, pack_sources
@@ -98,7 +99,8 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     code = pack_sources(join_sources(sources))
     reserve = int(logs[0].settings["code_reserve"])
     if len(code) > reserve:
-        raise PackError(f"the packed code has {len(code)} bytes, more than code_reserve={reserve} of the runs", 3)
+        over = f"{len(code)} bytes, more than code_reserve={reserve} of the runs"
+        raise train_gpt.DoesNotFit(f"the packed code has {over}")
     beside = out.parent / f".{out.name}.{os.getpid()}.part"
     # the checks see the name that the folder will have
     inside = beside / out.resolve().parent.name / out.name
@@ -218,31 +220,29 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
     )
 
 
-def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        if args.command == "build":
-            verdicts = build(args.out, args.runs, describe(args))
-            violated = any(v.verdict == BAD for v in verdicts)
-            show(verdicts, args.out)
-            if violated:
-                print(f"error: {args.out} was not written: mend what is violated above", file=sys.stderr)
-            return 4 if violated else 0
-        if args.command == "check":
-            if not args.folder.is_dir():
-                raise RunError(f"{args.folder}: no such folder")
-            verdicts = judge(read_entry(args.folder), args.static)
-            if args.json:
-                print(json.dumps([vars(v) for v in verdicts], indent=1))
-            else:
-                show(verdicts, args.folder)
-            return 4 if any(v.verdict == BAD for v in verdicts) else 0
+def run(args: argparse.Namespace) -> int:
+    if args.command == "compare":
         found = compare(args.a, args.b)
         print(json.dumps(found, indent=1) if args.json else sentence(found))
         return 0
-    except (RunError, PackError, OSError, train_gpt.Stop) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    if args.command == "build":
+        verdicts = build(args.out, args.runs, describe(args))
+        show(verdicts, args.out)
+    elif not args.folder.is_dir():
+        raise RunError(f"{args.folder}: no such folder")
+    else:
+        verdicts = judge(read_entry(args.folder), args.static)
+        print(json.dumps([vars(v) for v in verdicts], indent=1)) if args.json else show(verdicts, args.folder)
+    if all(v.verdict != BAD for v in verdicts):
+        return 0
+    if args.command == "build":
+        print(f"error: {args.out} was not written: mend what is violated above", file=sys.stderr)
+    return 4
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

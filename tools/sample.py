@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from data.shards import DataError
 from tools.predict import InputError, Predictor, add_model_options, load_predictor
+from tools.program import run_program
 
 
 def keep_top(probs: Tensor, top_p: float) -> Tensor:
@@ -127,18 +127,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read it has seen enough; nothing is left to flush
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 1
-    except (OSError, train_gpt.Stop, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return train_gpt.exit_code(error)
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

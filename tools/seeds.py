@@ -24,6 +24,7 @@ from pathlib import Path
 
 import train_gpt
 from tools.entry import PER_RUN_SETTINGS
+from tools.program import run_program
 from tools.runlog import RunError, read_result
 from tools.stats import mean, sample_std
 
@@ -175,38 +176,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace, options: list[str]) -> None:
+    environ = dict(os.environ)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise RunError("--seeds: each seed only once")
+    config, _ = train_gpt.parse_config(options, environ)
+    name = args.name or config.recipe
+    plans = [plan_seed(seed, name, options, environ) for seed in args.seeds]
+    run_missing(plans, args.nproc, environ)
+    rows = collect(plans)
+    summary = summarize(rows)
+    if args.json:
+        code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
+        report = dict(name=name, code_sha256=code_sha256, options=options, runs=rows) | {
+            which: {column: values[which] if math.isfinite(values[which]) else None
+                    for column, values in summary.items()} for which in ("mean", "std")
+        }  # fmt: skip
+        text = json.dumps(report, indent=1) + "\n"
+        if str(args.json) == "-":
+            print(text, end="")
+            return
+        train_gpt.write_atomic(args.json, text.encode())
+    print(format_table(rows, summary))
+
+
 def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     args, options = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    environ = dict(os.environ)
-    try:
-        if len(set(args.seeds)) < len(args.seeds):
-            raise RunError("--seeds: each seed only once")
-        config, _ = train_gpt.parse_config(options, environ)
-        name = args.name or config.recipe
-        plans = [plan_seed(seed, name, options, environ) for seed in args.seeds]
-        run_missing(plans, args.nproc, environ)
-        rows = collect(plans)
-        summary = summarize(rows)
-        if args.json:
-            code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
-            report = dict(name=name, code_sha256=code_sha256, options=options, runs=rows) | {
-                which: {column: values[which] if math.isfinite(values[which]) else None
-                        for column, values in summary.items()} for which in ("mean", "std")
-            }  # fmt: skip
-            text = json.dumps(report, indent=1) + "\n"
-            if str(args.json) == "-":
-                print(text, end="")
-                return 0
-            train_gpt.write_atomic(args.json, text.encode())
-        print(format_table(rows, summary))
-        return 0
-    except (RunError, train_gpt.Stop, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
+    return run_program(lambda: run(args, options))
 
 
 if __name__ == "__main__":

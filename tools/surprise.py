@@ -26,9 +26,8 @@ import numpy as np
 import zstandard
 from torch import Tensor
 
-import train_gpt
-from data.shards import DataError
 from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
+from tools.program import run_program
 
 SPAN_BYTES = 60  # a span ends at the first space behind so many bytes
 SHOWN = 4  # spans of each kind
@@ -130,6 +129,16 @@ def show(reports: list[Report], is_colored: bool) -> None:
                 print(f"{span.bpb:>8.3f}  {paint(span, is_colored)}")
 
 
+def run(args: argparse.Namespace) -> None:
+    predictor = load_predictor(args.artifact, args.tokenizer, args.mode)
+    reports = [measure(predictor, path) for path in args.files]
+    if args.json:
+        spans = [[dict(start=s.start, bpb=s.bpb, text=s.text) for s in report.spans] for report in reports]
+        print(json.dumps([asdict(report) | dict(spans=s) for report, s in zip(reports, spans)]))
+    else:
+        show(reports, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
@@ -141,18 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        predictor = load_predictor(args.artifact, args.tokenizer, args.mode)
-        reports = [measure(predictor, path) for path in args.files]
-        if args.json:
-            spans = [[dict(start=s.start, bpb=s.bpb, text=s.text) for s in report.spans] for report in reports]
-            print(json.dumps([asdict(report) | dict(spans=s) for report, s in zip(reports, spans)]))
-        else:
-            show(reports, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    except (OSError, train_gpt.Stop, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return train_gpt.exit_code(error)
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

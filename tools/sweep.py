@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from data.shards import DataError
 from tools import seeds
 from tools.plot import GREY, check_picture, import_pyplot, name_points, save_picture
+from tools.program import run_program
 from tools.runlog import RunError, read_result
 from tools.stats import mean, sample_std
 
@@ -39,6 +39,7 @@ class Row:
     plan: str
     options: str
     runs: list[str]
+    code_sha256: str
     params: int
     flops_per_token: int
     artifact_bytes: float
@@ -57,7 +58,7 @@ def plan_runs(text: str, numbers: list[int], name: str, options: list[str], envi
         letters, digest = re.sub(r"[^a-zA-Z0-9]+", "", plan)[:40], hashlib.sha256(text.encode()).hexdigest()[:6]
         given = [*options, f"--plan={plan}", *own]
         return [seeds.plan_seed(seed, f"{name}-{letters}-{digest}", given, environ) for seed in numbers]
-    except (ValueError, train_gpt.ConfigError) as error:  # a ValueError: nothing in it, or an open quote
+    except (ValueError, train_gpt.Stop) as error:  # a ValueError: nothing in it, or an open quote
         raise RunError(f"{text!r}: {error}") from None
 
 
@@ -78,9 +79,9 @@ def summarize(text: str, plans: list[seeds.Plan]) -> Row:
     scores = columns["val_bpb"]
     params, flops = count_work(config)
     return Row(
-        plan, shlex.join(own), [str(plan.folder) for plan in plans], params, flops, mean(columns["artifact_bytes"]),
-        mean(scores), sample_std(scores) if len(scores) > 1 else None, scores, mean(columns["steps"]),
-        mean(columns["train_s"]), sum(columns["tokens"]) / sum(columns["train_s"]),
+        plan, shlex.join(own), [str(plan.folder) for plan in plans], train_gpt.hash_counted_code(config.moe_experts),
+        params, flops, mean(columns["artifact_bytes"]), mean(scores), sample_std(scores) if len(scores) > 1 else None,
+        scores, mean(columns["steps"]), mean(columns["train_s"]), sum(columns["tokens"]) / sum(columns["train_s"]),
     )  # fmt: skip
 
 
@@ -153,34 +154,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace, options: list[str]) -> None:
+    environ = dict(os.environ)
+    for name, values in (("PLAN", args.plans), ("--seeds", args.seeds)):
+        if len(set(values)) < len(values):
+            raise RunError(f"{name}: each only once")
+    if any(word.split("=")[0] == "--plan" for word in options):
+        raise RunError("--plan after --: plans are named before it")
+    if args.out:
+        check_picture(args.out)
+    plans = {text: plan_runs(text, args.seeds, args.name, options, environ) for text in args.plans}
+    check_alike(plans)
+    seeds.run_missing([run for runs in plans.values() for run in runs], args.nproc, environ)
+    rows = [summarize(text, runs) for text, runs in plans.items()]
+    report = dict(name=args.name, seeds=args.seeds, options=options, plans=[asdict(row) for row in rows])
+    print(json.dumps(report, indent=1) if args.json else format_table(rows))
+    if args.out:
+        draw(rows, args.out)
+
+
 def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     args, options = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    environ = dict(os.environ)
-    try:
-        for name, values in (("PLAN", args.plans), ("--seeds", args.seeds)):
-            if len(set(values)) < len(values):
-                raise RunError(f"{name}: each only once")
-        if any(word.split("=")[0] == "--plan" for word in options):
-            raise RunError("--plan after --: plans are named before it")
-        if args.out:
-            check_picture(args.out)
-        plans = {text: plan_runs(text, args.seeds, args.name, options, environ) for text in args.plans}
-        check_alike(plans)
-        seeds.run_missing([run for runs in plans.values() for run in runs], args.nproc, environ)
-        rows = [summarize(text, runs) for text, runs in plans.items()]
-        report = dict(name=args.name, code_sha256=train_gpt.hash_counted_code(), seeds=args.seeds, options=options,
-                      plans=[asdict(row) for row in rows])  # fmt: skip
-        print(json.dumps(report, indent=1) if args.json else format_table(rows))
-        if args.out:
-            draw(rows, args.out)
-        return 0
-    except (RunError, train_gpt.Stop, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
+    return run_program(lambda: run(args, options))
 
 
 if __name__ == "__main__":

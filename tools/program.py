@@ -1,0 +1,25 @@
+"""How every program of tools/ ends: its own exit code, or one line on stderr and the code that train_gpt.py gives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import train_gpt
+from data.shards import DataError
+
+
+def run_program(program: Callable[[], int | None]) -> int:
+    try:
+        code = program() or 0
+        sys.stdout.flush()  # or what cannot be printed would show when nobody catches it any more
+        return code
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read it has seen enough; nothing is left to flush
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+    except (train_gpt.Stop, DataError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return train_gpt.exit_code(error)
