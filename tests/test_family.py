@@ -100,15 +100,17 @@ def seeded(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def check_that_what_is_drawn_is_what_is_scored(predictor: Predictor, dataset) -> None:
-    """A window of text through tools.sample, token by token, and through the score, all at once."""
-    predictor = replace(predictor, ctx=tiny_context())
-    train_gpt.load_weights(predictor.model.to("cpu", torch.float32), predictor.artifact.tensors)
+    """A window of text through tools.sample, token by token, and through the score, all at once; with noise on the
+    weights, as a few steps leave late repetitions next to nothing to do."""
+    predictor, generator = replace(predictor, ctx=tiny_context()), seeded(0)
+    noisy = {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in predictor.artifact.tensors.items()}
+    train_gpt.load_weights(predictor.model.to("cpu", torch.float32), noisy)
     tokens = torch.from_numpy(train_gpt.TokenStream(str(dataset), "val", 384).read(0, predictor.config.seq_len + 1))
     meter, cache = train_gpt.BpbMeter(predictor.counter), Cache(predictor.config.seq_len)
     predictor.score(tokens, meter)
     logits = torch.stack([sample.stream_logits(predictor, cache, token) for token in tokens[:-1, None]])
     drawn = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
-    assert drawn == pytest.approx(meter.total(predictor.ctx).loss, abs=2e-5)
+    assert drawn == pytest.approx(meter.total(predictor.ctx).loss, rel=1e-5)
 
 
 def check_telemetry(recipe: str, lines: list[dict]) -> None:
