@@ -2366,8 +2366,11 @@ def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     artifact = load_artifact(config.score)
     stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
+    model = build_judge(config, ctx)
+    if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in artifact.tensors.items()}:
+        raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(artifact, build_judge(config, ctx), config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, model, config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:

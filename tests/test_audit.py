@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_model
 
+import kernels.moe
 import train_gpt
 from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
 from train_gpt import ByteCounter, LoopedGPT, LoraScorer, SgdScorer, TokenStream, WindowScorer, build_scorer
@@ -57,12 +58,14 @@ def broken(verdicts: dict) -> set[str]:
 
 # --- honest -----------------------------------------------------------------------------------------------------------
 
+EXPERTS = dict(moe_experts=4, moe_hidden=16)
 HONEST = {
     "plain": ("plain", {}), "sliding": ("sliding", {}), "banded": ("banded", dict(band=20)),
     "sliding, documents": ("sliding", dict(doc_attention=True)),
     "banded, documents": ("banded", dict(doc_attention=True)),
     "sgd": ("sgd", {}), "lora": ("lora", {}),
     "no tables": ("plain", dict(smear=False, bigram_buckets=0, ve_passes="none")),
+    "sliding, experts": ("sliding", EXPERTS), "lora, experts": ("lora", EXPERTS),
 }  # fmt: skip
 
 
@@ -121,6 +124,18 @@ def test_a_mask_that_is_off_by_one_is_caught(judge, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "attend", leak)
     assert broken(judge("sliding")) == {"causal"}
+
+
+def test_experts_that_choose_their_tokens_are_caught(judge, monkeypatch):
+    """Whether an expert takes a token then depends on the tokens behind it."""
+    chosen_by_token = kernels.moe.choose
+
+    def choose(logits, top):
+        taken = logits.topk(len(logits) * top // logits.shape[1], 0).indices
+        return chosen_by_token(logits + torch.zeros_like(logits).scatter(0, taken, 100.0), top)
+
+    monkeypatch.setattr(kernels.moe, "choose", choose)
+    assert broken(judge("plain", **EXPERTS)) == {"causal"}
 
 
 @pytest.mark.parametrize("mode", ["plain", "sgd", "lora"])

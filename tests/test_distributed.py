@@ -1,5 +1,7 @@
 """Two processes against one: the same global batch gives the same losses and the same score, and uneven work neither
-hangs nor counts a token twice. torchrun with gloo on a CPU, float32: pytest tests/test_distributed.py
+hangs nor counts a token twice; every step draws its depth anew, the same one on all ranks.
+
+torchrun with gloo on a CPU, float32: pytest tests/test_distributed.py
 """
 
 import socket
@@ -13,7 +15,10 @@ from helpers import ROOT, clean_environment, events, parse_log, run_cli, tiny_op
 from train_gpt import load_artifact
 
 # 395 targets: 13 plain windows, 47 sliding and 3 banded ones, so that the ranks never have equal work
-RUN = dict(seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,banded,sgd,lora", score_tokens=396, average="swa")
+RUN = dict(
+    seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,banded,sgd,lora", score_tokens=396, average="swa",
+    plan="(ab)*ra", skips="none", depth=2, max_r=6, sample_depth=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,7 @@ def test_only_the_first_rank_speaks_and_writes(runs):
 def test_two_ranks_score_a_file_as_one_does(runs, dataset, tmp_path):
     """The same artifact, so that nothing but the sum over ranks can differ."""
     path = runs[1][0] / "artifact.lg"
-    changes = dict(score=path, score_mode="plain", also=RUN["also"], score_tokens=396)
-    done = run_cli(tiny_options(dataset, **changes), tmp_path, ranks=2)
+    done = run_cli(tiny_options(dataset, **RUN, score=path), tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     _, result = parse_log(done.stdout)[-1]
     _, before = parse_log(runs[1][1])[-1]
