@@ -237,10 +237,10 @@ def draw(folders: list[Path], out: Path) -> Path:
         axes.axis("off")
     for index, run in enumerate(runs):
         r = run.result
-        text = (f"{run.name}\n{float(r['val_bpb']):.4f} bits per byte ({r['score_mode']})\n{int(r['steps']):,} steps, "
-                f"{int(r['tokens']):,} tokens\n{float(r['train_s']):.0f} s to train, "
-                f"{float(r['eval_s']):.0f} s to score\n"
-                f"{int(r['total_bytes']):,} bytes with code")  # fmt: skip
+        text = f"{run.name}\n{float(r['val_bpb']):.4f} bits per byte ({r['score_mode']}), {int(r['steps']):,} steps"
+        if len(runs) <= 3:  # there is room
+            text += (f"\n{int(r['tokens']):,} tokens in {float(r['train_s']):.0f} s\n"
+                     f"{float(r['eval_s']):.0f} s to score\n{int(r['total_bytes']):,} bytes with code")  # fmt: skip
         top = 1 - index / max(len(runs), 3)
         grid[1, 2].text(0, top, text, color=run.color, va="top", fontsize=10, transform=grid[1, 2].transAxes)
     save_picture(figure, out)
