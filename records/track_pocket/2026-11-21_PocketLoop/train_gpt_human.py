@@ -113,7 +113,6 @@ class Stored:
     score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
     stride: int = 64  # tokens that a sliding window scores
     band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
-    ttt_windows: str = "banded"  # sgd: how its tokens are scored, sliding or banded
     ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
     ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
     ttt_momentum: float = 0.9  # sgd: momentum
@@ -298,7 +297,6 @@ CHOICES = {
     "optimizer": ("muon", "lion"),
     "average": ("none", "swa", "ema"),
     "score_mode": ("plain", "sliding", "banded", "sgd", "lora"),
-    "ttt_windows": ("sliding", "banded"),
     "also": ("trained", "averaged", "plain", "sliding", "banded", "sgd", "lora", "none"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -941,7 +939,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) ->
     q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
-    if q.is_cuda:
+    if q.device.type != "cpu":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         mask = None
         if past or window < L or docs is not None:
@@ -955,9 +953,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) ->
     # times faster than the library's kernel. The query heads that share keys are rows of one product.
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
-    out = []
-    for start in range(0, T, 128):
-        stop = min(start + 128, T)
+    out, block = [], 64 if H >= 4 * J else 128  # scores of one product stay in the cache
+    for start in range(0, T, block):
+        stop = min(start + block, T)
         low, high = max(0, past + start - window + 1), past + stop
         rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
         scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
@@ -1853,7 +1851,7 @@ class SgdScorer(WindowScorer):
     stretch = 2  # shorter windows, so that a chunk has some for every rank
 
     def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
-        super().__init__(model, config, ctx, config.ttt_windows)
+        super().__init__(model, config, ctx, "banded")
         self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
         for name, p in model.named_parameters():
@@ -2371,8 +2369,11 @@ def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     artifact = load_artifact(config.score)
     stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
     config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
+    model = build_judge(config, ctx)
+    if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in artifact.tensors.items()}:
+        raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
     val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(artifact, build_judge(config, ctx), config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, model, config, ctx, val, tokenizer), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
