@@ -477,7 +477,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.probes < 0 or args.span < 0:
         parser.error("--probes and --span count from 0")
-    return run_program(lambda: run(args))
+    return run_program(run, args)
 
 
 if __name__ == "__main__":

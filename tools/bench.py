@@ -2,7 +2,7 @@
 
     python -m tools.bench [--steps 8] [--modes plain,banded] [--json] [-- options of train_gpt.py]
     python -m tools.bench -- --recipe pocket --batch_tokens 8192
-    python -m tools.bench --against '--num_heads 8 --num_kv_heads 2' -- --recipe pocket
+    python -m tools.bench --against '--num_heads 8 --num_kv_heads 2 --rope_dims 32' -- --recipe pocket
 
 A step is split into data, forward, backward, communication and optimizer, with the device idle at every cut, so the
 parts add up to a little more than a step that overlaps them. The floor is the step's arithmetic at the speed of this
@@ -195,8 +195,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--score_tokens", type=int, default=16384, help="tokens to score in each mode [16384]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("options", nargs="*", help="options of train_gpt.py, after --")
-    args = parser.parse_args(argv)
-    return run_program(lambda: run(args))
+    return run_program(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
     parser.add_argument("--with", dest="lazy", nargs="+", default=[], metavar="MODULE", help="lazy imports to pack")
-    args = parser.parse_args(argv)
-    return run_program(lambda: run(args))
+    return run_program(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -258,8 +258,7 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="picture to write (one run: report.png in its folder)")
-    args = parser.parse_args(argv)
-    return run_program(lambda: run(args))
+    return run_program(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import train_gpt
 from data.shards import DataError
 
 
-def run_program(program: Callable[[], int | None]) -> int:
+def run_program(program: Callable[..., int | None], *given) -> int:
     try:
-        code = program() or 0
+        code = program(*given) or 0
         sys.stdout.flush()  # or what cannot be printed would show when nobody catches it any more
         return code
     except BrokenPipeError:

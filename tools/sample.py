@@ -126,8 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    return run_program(lambda: run(args))
+    return run_program(run, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     args, options = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    return run_program(lambda: run(args, options))
+    return run_program(run, args, options)
 
 
 if __name__ == "__main__":
