@@ -10,10 +10,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from train_gpt import RECIPES, Cache, Config, LoopedGPT, Reach, softcap_logits
+from train_gpt import RECIPES, Cache, Config, LoopedGPT, Reach, attend, softcap_logits
 
 
 def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -236,6 +237,21 @@ def test_the_embedding_does_not_look_across_a_document_start():
     same, far, near = embed(40, 41, 20, 21), embed(50, 41, 20, 21), embed(41, 42, 20, 21)
     assert not torch.equal(same[:, 0], near[:, 0])
     assert torch.equal(same[:, 1], far[:, 1]), "two tokens back reach the first position only"
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 8])  # with four or more on one key-value head the blocks are smaller
+@pytest.mark.parametrize(("past", "window", "has_docs"), [(0, 999, False), (0, 150, True), (37, 90, True), (37, 20, False)])
+def test_attention_in_blocks_is_that_with_a_dense_mask(heads, past, window, has_docs):
+    B, T, J, K = 2, 201, 2, 8
+    generator = torch.Generator().manual_seed(heads)
+    q, k, v = (torch.randn(B, n, h, K, generator=generator) for n, h in ((T, heads * J), (past + T, J), (past + T, J)))
+    docs = (torch.rand(B, past + T, generator=generator) < 0.02).cumsum(1) if has_docs else None
+    lag = torch.arange(past, past + T)[:, None] - torch.arange(past + T)
+    mask = ((lag >= 0) & (lag < window)).expand(B, 1, T, past + T)
+    if has_docs:
+        mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, window, docs), y.transpose(1, 2).reshape(B, T, -1), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""How every program of tools/ ends: its own exit code, or one line on stderr and the code that train_gpt.py gives."""
+"""What programs of tools/ share: options behind --, and an end with their own code or with one line and train_gpt.py's."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -23,3 +24,9 @@ def run_program(program: Callable[..., int | None], *given) -> int:
     except (train_gpt.Stop, DataError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return train_gpt.exit_code(error)
+
+
+def split_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a program is told itself, and the options of train_gpt.py that stand behind --."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:cut]), argv[cut + 1 :]

@@ -25,7 +25,7 @@ import torch
 import train_gpt
 from tools import seeds
 from tools.plot import GREY, check_picture, import_pyplot, name_points, save_picture
-from tools.program import run_program
+from tools.program import run_program, split_options
 from tools.runlog import RunError, read_result
 from tools.stats import mean, sample_std
 
@@ -174,9 +174,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, options = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    return run_program(run, args, options)
+    return run_program(run, *split_options(build_parser(), argv))
 
 
 if __name__ == "__main__":
