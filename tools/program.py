@@ -1,4 +1,4 @@
-"""What programs of tools/ share: options behind --, and an end with their own code or with one line and train_gpt.py's."""
+"""What the programs of tools/ share: options behind --, and how each ends: its own exit code, or one line and a code."""
 
 from __future__ import annotations
 
