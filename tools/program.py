@@ -1,4 +1,4 @@
-"""What the programs of tools/ share: options behind --, and how each ends: its own exit code, or one line and a code."""
+"""What the programs of tools/ share: options behind --, and how each ends: its own exit code, or one line."""
 
 from __future__ import annotations
 
