@@ -16,6 +16,7 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 from __future__ import annotations
 
 import copy
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -93,6 +94,7 @@ class Stored:
     moe_top: int = 2  # experts that each token is sent to
     num_heads: int = 32  # query heads
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
+    head_dim: int = 0  # width of a head (0 = model_dim / num_heads)
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
     seq_len: int = 2048  # tokens in a training sequence and in a scoring window
     rope_dims: int = 16  # dimensions of each head that rotate with position
@@ -197,15 +199,16 @@ class Config(Stored):
                 if word not in words:
                     raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
         n_passes, most = (plan.count_passes(depth) for depth in (self.rows, max(self.rows, self.score_depth)))
+        uneven = not self.head_dim and self.model_dim % self.num_heads
         for name, is_wrong, why in (
-            ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
+            ("model_dim", uneven, f"must be divisible by num_heads={self.num_heads}"),
             ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
             ("model_dim", self.moe_experts and self.model_dim % 8, "must be divisible by 8"),
             ("moe_hidden", self.moe_hidden % 8, "must be divisible by 8"),
             ("moe_top", self.moe_top > self.moe_experts > 0, f"must be at most moe_experts={self.moe_experts}"),
             ("batch_tokens", self.batch_tokens % self.seq_len, f"must be divisible by seq_len={self.seq_len}"),
             ("rope_dims", self.rope_dims % 2, "must be even"),
-            ("rope_dims", self.rope_dims > self.head_dim, f"must be at most {self.head_dim}, the width of a head"),
+            ("rope_dims", self.rope_dims > self.head_width, f"must be at most {self.head_width}, the width of a head"),
             ("stride", self.stride > self.seq_len, f"must be at most seq_len={self.seq_len}"),
             ("band", self.band > self.seq_len, f"must be at most seq_len={self.seq_len}"),
             ("bos_id", self.bos_id >= self.vocab_size, f"must be below vocab_size={self.vocab_size}"),
@@ -221,8 +224,8 @@ class Config(Stored):
             parse_pass_set(name, getattr(self, name), n_passes)
 
     @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+    def head_width(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
 
     @property
     def mlp_dim(self) -> int:
@@ -243,8 +246,8 @@ class Config(Stored):
 
 # What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
 LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
-PLAIN = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
-BARE = PLAIN | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
+SIMPLE = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
+BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
@@ -269,7 +272,7 @@ RECIPES = {
         plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
         mlp_mult=4.0, batch_tokens=786432, data_path="data/fineweb_sp8192",
     ),
-    "baseline9": PLAIN | dict(
+    "baseline9": SIMPLE | dict(
         plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, matrix_lr=0.04,
         table_lr=0.05, vector_lr=0.04, momentum=0.95, momentum_warmup=0.036, grad_clip=0.0, warmdown=0.087, edge_bits=8,
     ),
@@ -307,7 +310,7 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
     (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
     (0, 256): "max_r score_depth",
     (0, 1000): "ttt_epochs",
-    (0, 65536): "adapter_rank moe_experts",
+    (0, 65536): "adapter_rank moe_experts head_dim",
     (0, 2**24): "bigram_buckets",
     (0.01, 64): "mlp_mult",
     (0.1, MOST): "max_wallclock_seconds core_k edge_k embed_k table_k",
@@ -605,6 +608,8 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
@@ -617,6 +622,15 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
     return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
+
+
+def keep_freed_memory() -> None:
+    """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
+    costs a fault when it comes again: 8% of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
 
 
 def find_compiler_fault() -> str:
@@ -950,20 +964,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) ->
     # times faster than the library's kernel. The query heads that share keys are rows of one product.
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
-    out, block = [], 64 if H >= 4 * J else 128  # scores of one product stay in the cache
+    out, block = [], 128  # scores of one product stay in the cache
     for start in range(0, T, block):
         stop = min(start + block, T)
         low, high = max(0, past + start - window + 1), past + stop
         rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
         scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
-        lag = torch.arange(past + start, past + stop, device=q.device)[:, None]
-        lag = lag - torch.arange(low, high, device=q.device)
+        lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
+        lag = lag - torch.arange(low, high, dtype=torch.int32)
         hidden = (lag < 0) | (lag >= window)
         if docs is not None:
             other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
             hidden = hidden | other[:, None, None]
-        scores = scores.float().masked_fill(hidden, -math.inf)
-        weights = scores.softmax(-1).to(v.dtype).view(B * J, -1, high - low)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).view(B * J, -1, high - low)
         out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
     return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
 
@@ -1008,7 +1021,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype, span: int, loops: int):
         super().__init__()
-        D, K = config.model_dim, config.head_dim
+        D, K = config.model_dim, config.head_width
         self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
@@ -1106,7 +1119,7 @@ class Cache:
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
     logits = F.linear(x, weight).float()
-    return cap * torch.tanh(logits / cap) if cap else logits
+    return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits  # cap * tanh(logits / cap), faster
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -1119,7 +1132,7 @@ class LoopedGPT(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
         self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
-        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_width
         self.uses = [p.block for p in self.plan.passes(config.rows, config.rows)]  # block of each row of the tables
         P = len(self.uses)
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
@@ -1248,7 +1261,7 @@ class LoopedGPT(nn.Module):
         past = cache.length if cache else 0
         start = tokens.new_full((len(tokens), 2), config.bos_id)
         seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
-        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
+        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1, dtype=torch.int32) if config.doc_attention else None
         reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
         x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
@@ -1326,7 +1339,8 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
         weights += 2 * D * config.adapter_rank
         weights += 2 * D * D * len(p.inject) * bool(model.inject)
         reach = min(T, block.span)
-        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
+        heads = config.num_heads * config.head_width
+        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * heads * (reach - reach**2 / (2 * T)))
     return int(total)
 
 
@@ -2259,9 +2273,9 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 
 def counted_files(moe_experts: int = 0) -> list[Path]:
-    """The files that a run is made of: this script and what it imports from the repository."""
+    """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
     names = ("train_gpt", "data/shards", "kernels/rans", "kernels/moe")[: 4 if moe_experts else 3]
-    return [Path(__file__).parent / f"{name}.py" for name in names]
+    return [path for name in names if (path := Path(__file__).parent / f"{name}.py").is_file()]
 
 
 def hash_counted_code(moe_experts: int = 0) -> str:

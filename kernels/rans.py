@@ -48,7 +48,7 @@ def encode_matrices(matrices: list[Tensor]) -> bytes:
         words.append(x[full].to(torch.int16))
         x = torch.where(full, x >> 16, x)
         states[: len(piece)] = (x // f << TABLE_BITS) + x % f + starts.take(piece.long())
-    side = compress(b"".join(sides))
+    side = compress_side(b"".join(sides))
     states = torch.where(states < 1 << 31, states, states - (1 << 32)).int()
     rest = struct.pack("<I", len(side)) + side + states.numpy().tobytes() + torch.cat(words[::-1]).numpy().tobytes()
     return struct.pack("<I", zlib.crc32(rest)) + rest
@@ -179,11 +179,11 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
             labels = (counts @ prices.T).argmin(1)
         deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
         side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
-        price = len(compress(side)) + float((sums * prices).sum()) / 2048
+        price = len(compress_side(side)) + float((sums * prices).sum()) / 2048
         if best is None or price < best[0]:
             best = price, side, kept, F.pad(roots, (low, 255 - high))
     return best[1:]
 
 
-def compress(side: bytes) -> bytes:
+def compress_side(side: bytes) -> bytes:
     return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)

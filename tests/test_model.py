@@ -53,7 +53,7 @@ def rotate_one(x: Tensor, position: int, config: Config) -> Tensor:
 
 def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | None, is_xsa: bool) -> Tensor:
     config, block = model.config, model.blocks[letter]
-    K, H, J = config.head_dim, config.num_heads, config.num_kv_heads
+    K, H, J = config.head_width, config.num_heads, config.num_kv_heads
     qkv, unit = x @ block.qkv.weight.T, norm if config.qk_norm else torch.clone
     kinds = config.windows or "L"
     reach = config.seq_len // (2 if kinds[model.plan.names.index(letter) % len(kinds)] == "S" else 1)

@@ -3,8 +3,10 @@
 CPU: pytest tests/test_pack.py
 """
 
+import ast
 import bz2
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -47,21 +49,48 @@ def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
     assert packed.stat().st_size < train_gpt.Config().code_reserve
 
 
-def read_modules(packed: Path) -> dict[str, str]:
+def read_module(packed: Path) -> str:
     """What the start script writes, by the format's description alone."""
     with zipfile.ZipFile(packed) as archive:
-        _, *parts = bz2.decompress(archive.read("code")).decode().split("\0")
-    return dict(zip(parts[::2], parts[1::2]))
+        return bz2.decompress(archive.read("code")).decode().split("\0")[1]
 
 
 def test_what_main_never_reaches_stays_out(packed):
     """Going by texts of messages and names of attributes: other names are shortened."""
-    modules = read_modules(packed)
-    assert set(modules) >= {"train_gpt.py", "data/shards.py", "kernels/rans.py"}
-    assert not any(name.startswith("tools") for name in modules)
-    assert "value_scales" in modules["train_gpt.py"] and "zero-byte file" in modules["data/shards.py"]
+    text = read_module(packed)
+    for message in ("value_scales", "zero-byte file", "codes end too early"):  # of all three modules
+        assert message in text
+    lazy = "from kernels.moe import"  # by a block with experts, which then asks for the module
+    assert lazy in text
+    assert not re.search(r"(from|import) (data|kernels|tools|triton)\b", text.replace(lazy, ""))
     assert "do not fit into uint16" in (ROOT / "data/shards.py").read_text()
-    assert "do not fit into uint16" not in modules["data/shards.py"], "write_shard is for those who make data"
+    assert "do not fit into uint16" not in text, "write_shard is for those who make data"
+
+
+def parse_modules(**texts: str) -> dict[str, ast.Module]:
+    return {name: ast.parse(text) for name, text in texts.items()}
+
+
+def test_modules_become_one():
+    """The entry last, whatever it is called; what several import is imported once; no module imports another."""
+    tree = tools.pack.fuse(parse_modules(
+        train_gpt="from b import f\nimport os\nfrom torch import Tensor, nn\ndef main(): from c import g; return f, g",
+        b="import os\nfrom torch import Tensor\nf = os.sep", c="def g(): pass", zz="z = 1",
+    ))  # fmt: skip
+    assert ast.unparse(tree).splitlines() == [
+        "import os", "from torch import Tensor", "from torch import nn", "f = os.sep", "", "def g():", "    pass",
+        "z = 1", "", "def main():", "    pass", "    return (f, g)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts, words", [
+    (dict(train_gpt="def main(): pass\ndef f(): pass", b="f = 1"), ("train_gpt", "b", "f")),
+    (dict(train_gpt="from b import f as h\ndef main(): h()", b="def f(): pass"), ("b", "f", "another name")),
+])  # fmt: skip
+def test_what_one_module_would_change_is_refused(texts, words):
+    with pytest.raises(tools.pack.PackError) as caught:
+        tools.pack.fuse(parse_modules(**texts))
+    assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("recipe", ["4b7l", "pocket"])
@@ -103,7 +132,7 @@ def test_a_damaged_script_does_not_start(packed, tmp_path):
 
 def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys):
     """Experts stay out of a script whose recipe has none; there they end in one line, not in a traceback."""
-    assert "kernels/moe.py" not in read_modules(packed) and "dispatch" not in "".join(read_modules(packed).values())
+    assert "grouped_mm" not in read_module(packed)
     arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
     done = run_script(packed, arguments, tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
@@ -133,4 +162,4 @@ def test_a_packed_mixture_makes_the_artifact_of_the_source(dataset, tmp_path):
 def test_code_over_the_reserve_is_refused(tmp_path, capsys):
     assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--code_reserve", "9000"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "code_reserve=9000" in line and "train_gpt.py" in line and not list(tmp_path.iterdir())
+    assert "code_reserve=9000" in line and "characters" in line and not list(tmp_path.iterdir())

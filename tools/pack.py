@@ -1,9 +1,9 @@
 """Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
-it imports, without comments, docstrings and what main() never reaches, minified and compressed. A module that is
-imported inside a function, as kernels.moe by a block with experts, comes along only --with its name.
+it imports become one module, without comments, docstrings and what main() never reaches, minified and compressed. A
+module that is imported inside a function, as kernels.moe by a block with experts, comes along only --with its name.
 
 The result is a zip application of two entries: a stub, and one bzip2 stream (2% smaller than LZMA on this text) with a
-start script and all modules. The stub runs the start script, which unpacks the modules into a private temporary folder,
+start script and the module. The stub runs the start script, which writes the module into a private temporary folder,
 because Triton and torch.compile read the source of what they compile, and calls main(). The same code always gives the
 same bytes.
 
@@ -19,11 +19,13 @@ import argparse
 import ast
 import builtins
 import bz2
+import copy
 import hashlib
 import io
 import sys
 import zipfile
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 import train_gpt
@@ -38,10 +40,7 @@ exec(parts[0])
 START = """import atexit,os,shutil,sys,tempfile
 archive,folder=sys.path[0],tempfile.mkdtemp(prefix="loopgolf-")
 atexit.register(shutil.rmtree,folder,True)
-for name,text in zip(parts[1::2],parts[2::2]):
- path=os.path.join(folder,name)
- os.makedirs(os.path.dirname(path),exist_ok=True)
- with open(path,"w",encoding="utf-8") as file: file.write(text)
+with open(os.path.join(folder,"train_gpt.py"),"w",encoding="utf-8") as file: file.write(parts[1])
 sys.path[0]=folder
 import train_gpt
 sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
@@ -114,6 +113,38 @@ def keep_reachable(modules: dict[str, ast.Module]) -> None:
         tree.body = [line for line in tree.body if id(line) in kept or isinstance(line, ast.Expr)]
 
 
+class DropImports(ast.NodeTransformer):
+    """Modules that are fused need not import names from one another."""
+
+    def __init__(self, modules: Collection[str]):
+        self.modules = modules
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
+        if node.module not in self.modules:
+            return node
+        if renamed := [alias.name for alias in node.names if alias.asname]:
+            raise PackError(f"{node.module}: {renamed[0]} is imported under another name; fused it has only its own")
+        return ast.Pass()
+
+
+def fuse(modules: dict[str, ast.Module]) -> ast.Module:
+    """One module of all: what they import, each name once, then their lines, the entry's last."""
+    imports, lines, owners = {}, [], {}
+    for name in sorted(modules, key=lambda name: (name == ENTRY, name)):
+        for line in DropImports(modules).visit(modules[name]).body:
+            if isinstance(line, ast.Import | ast.ImportFrom):
+                for alias in line.names:
+                    single = copy.copy(line)
+                    single.names = [alias]
+                    imports[ast.unparse(single)] = single
+            elif not isinstance(line, ast.Expr | ast.Pass):
+                lines.append(line)
+                for bound in defined_by(line):
+                    if owners.setdefault(bound, name) != name:
+                        raise PackError(f"{owners[bound]} and {name} both define {bound}; rename it in one of them")
+    return ast.Module([*imports.values(), *lines], [])
+
+
 def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
     is `public` in a module, parameters that some call of the code gives by keyword, and what is better KEPT."""
@@ -144,34 +175,30 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     )  # fmt: skip
 
 
-def pack(modules: dict[str, ast.Module]) -> tuple[bytes, dict[str, int]]:
-    """The script, and the size of each module's text in it."""
+def pack(modules: dict[str, ast.Module]) -> tuple[bytes, int]:
+    """The script, and the characters in it before compression."""
     keep_reachable(modules)
-    keywords = {n.arg for tree in modules.values() for n in ast.walk(tree) if isinstance(n, ast.keyword)}
-    texts = {}
-    for name, tree in modules.items():
-        others = (other for other in modules.values() if other is not tree)
-        texts[name.replace(".", "/") + ".py"] = minify(tree, {"main"}.union(*map(names_in, others)), keywords)
-    code = bz2.compress("\0".join([START, *(part for pair in texts.items() for part in pair)]).encode())
+    tree = fuse(modules)
+    text = minify(tree, {"main"}, {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)})
+    code = bz2.compress(f"{START}\0{text}".encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("__main__.py", STUB.encode()), ("code", code)):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system = 3  # or the packing system would show in the bytes
             archive.writestr(entry, content)
-    return buffer.getvalue(), {name: len(text) for name, text in texts.items()}
+    return buffer.getvalue(), len(text)
 
 
 def run(args: argparse.Namespace) -> None:
     if unknown := [name for name in args.lazy if not find_module(name)]:
         raise PackError(f"--with {unknown[0]}: no module of this repository; write it like kernels.moe")
-    content, sizes = pack(load_counted(args.lazy))
-    largest = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items(), key=lambda pair: -pair[1])[:3])
+    content, characters = pack(load_counted(args.lazy))
     if len(content) > args.code_reserve:
         over = f"{len(content)} bytes, more than code_reserve={args.code_reserve}"
-        raise train_gpt.DoesNotFit(f"the packed code has {over}; characters before compression: {largest}")
+        raise train_gpt.DoesNotFit(f"the packed code has {over}; there are {characters} characters in it to shorten")
     train_gpt.write_atomic(args.out, content)
-    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{sum(sizes.values())} reserve:{args.code_reserve} "
+    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{characters} reserve:{args.code_reserve} "
           f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
 
 

@@ -152,10 +152,8 @@ def script(entry: Entry) -> Found:
     content = entry.script.read_bytes()
     try:
         if content[:2] == b"PK":
-            modules = unpack_zip(content)
-            for text in modules.values():
-                parse_source(text)
-            yield OK, f"unzips to {len(modules)} modules that compile"
+            parse_source(unpack_zip(content))
+            yield OK, "unzips to a module that compiles"
         else:
             _, wrapped = unwrap(content)
             yield OK, f"{entry.script.name} compiles{', unwrapped' if wrapped else ''}"
@@ -181,9 +179,8 @@ def code(entry: Entry) -> Found:
         return
     known = {hash_sources(sources)}
     try:
-        modules = unpack_zip(entry.script.read_bytes())
-        known.add(hash_sources({name: modules[name] for name in sources}))
-    except (ScriptError, Unreadable, KeyError) as error:
+        known.add(hash_sources({"train_gpt.py": unpack_zip(entry.script.read_bytes())}))
+    except (ScriptError, Unreadable) as error:
         yield BAD, f"train_gpt.py was not packed from train_gpt_human.py: {error}"
     for log in entry.logs:
         if log.last("run").get("code_sha256") not in known:

@@ -64,14 +64,11 @@ def split_sources(text: str) -> dict[str, str]:
 def pack_sources(joined: str) -> bytes:
     """What tools.pack makes of the files in a readable source."""
     named = {name.removesuffix(".py").replace("/", "."): text for name, text in split_sources(joined).items()}
-    modules = {name: ast.parse(text) for name, text in named.items()}
-    for name in pack.load_counted():  # packages hold a docstring at most, and are not hashed
-        modules.setdefault(name, ast.parse(""))
-    return pack.pack(dict(sorted(modules.items())))[0]
+    return pack.pack({name: ast.parse(text) for name, text in sorted(named.items())})[0]
 
 
-def unpack_zip(content: bytes) -> dict[str, str]:
-    """The modules inside a packed script of ours."""
+def unpack_zip(content: bytes) -> str:
+    """The module inside a packed script of ours."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
@@ -85,12 +82,12 @@ def unpack_zip(content: bytes) -> dict[str, str]:
         parse_source(main)
         raise Unreadable("a zip application of another packer")
     try:
-        start, *parts = bz2.BZ2Decompressor().decompress(code, MAX_SOURCE_BYTES).decode().split("\0")
+        start, _, text = bz2.BZ2Decompressor().decompress(code, MAX_SOURCE_BYTES).decode().partition("\0")
     except (ValueError, OSError) as error:
         raise ScriptError(f"the code in the zip application does not decompress: {error}") from None
     if start != pack.START:
         raise Unreadable("a zip application with another start script")
-    return dict(zip(parts[::2], parts[1::2]))
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
