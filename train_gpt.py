@@ -48,7 +48,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.shards import DataError, find_shards, read_shard
+from data.shards import DataError, TokenStream, find_shards
+from kernels.attention import attend, rotate
+from kernels.head import head_loss_ref, softcap_logits
+from kernels.newton_schulz import orthogonalize_ref
+from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
 from kernels.rans import decode_matrices, encode_matrices
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,11 +266,11 @@ OSRT = BARE | dict(
 RECIPES = {
     "4b7l": {},
     "pocket": dict(
-        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
-        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536, score_batch=16,
-        ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
-        calibration_tokens=32768,
+        model_dim=256, num_heads=1, num_kv_heads=1, head_dim=128, rope_dims=64, mlp_mult=2.5, seq_len=512,
+        bigram_buckets=2048, bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0,
+        warmdown=0.6, final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536,
+        score_batch=16, ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local",
+        checkpoint_every_s=30.0, calibration_tokens=32768,
     ),
     "frontier": LEAN | dict(
         plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
@@ -627,10 +631,9 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
 def keep_freed_memory() -> None:
     """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
     costs a fault when it comes again: 8% of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
 
 
 def find_compiler_fault() -> str:
@@ -669,35 +672,6 @@ class Clock:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens come from memory-mapped shards; the batch of a step is a pure function of the step, so that a resumed run, a
 # warm-up or another number of ranks never moves the data.
-
-
-class TokenStream:
-    """The shards of one split as one long row of tokens that repeats after its end."""
-
-    def __init__(self, folder: str, split: str, vocab_size: int):
-        self.paths = find_shards(folder, split)
-        self.shards = [read_shard(path) for path in self.paths]
-        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
-        if highest >= vocab_size:
-            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
-        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self.total = int(self.starts[-1])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        pieces = [np.empty(0, np.int64)]
-        while count:
-            start %= self.total
-            index = np.searchsorted(self.starts, start, side="right") - 1
-            pieces.append(self.shards[index][start - self.starts[index] :][:count])
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces)
-
-    def fingerprint(self) -> str:
-        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
-        return digest.hexdigest()
 
 
 def load_batch(stream: TokenStream, step: int, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
@@ -812,58 +786,11 @@ class Budget:
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Quantization
 # ----------------------------------------------------------------------------------------------------------------------
-# One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
-# code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
+# kernels/quantize.py is the quantizer of training and of export. The step of a row's grid is k standard deviations over
+# the largest code, without a floor: then bits per weight depend on k alone, and k is solved from the byte limit here.
 
 FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
-
-
-@dataclass(frozen=True)
-class Grid:
-    bits: int
-    k: float
-
-    @property
-    def largest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-
-def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
-    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
-    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
-
-
-def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
-    return codes.float() * step.float()[:, None]
-
-
-def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
-    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
-    _, step = quantize_tensor(weight, grid)
-    order = hessian.diagonal().argsort(descending=True)
-    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
-    energy = hessian.diagonal().mean() + 1e-12
-    eye = torch.eye(len(order), device=hessian.device)
-    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
-        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
-        if not failed:
-            break
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
-    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
-    codes = torch.zeros_like(open_weight)
-    for start in range(0, len(order), 128):
-        stop = min(start + 128, len(order))
-        errors = torch.zeros_like(open_weight[:, start:stop])
-        for i in range(start, stop):
-            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
-            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
-            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
-        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
 
 
 def compute_gaussian_bits(grid: Grid) -> float:
@@ -943,49 +870,6 @@ class DoesNotFit(Stop):
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps=1e-6)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
-    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
-    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
-    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
-    past = L - T
-    if q.device.type != "cpu":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = None
-        if past or window < L or docs is not None:
-            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
-            mask = (lag >= 0) & (lag < window)
-        if docs is not None:
-            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
-        return y.transpose(1, 2).reshape(B, T, H * K)
-    # On a CPU plain products in blocks of queries, which skip the keys that no query of the block may see, are several
-    # times faster than the library's kernel. The query heads that share keys are rows of one product.
-    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
-    out, block = [], 128  # scores of one product stay in the cache
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        low, high = max(0, past + start - window + 1), past + stop
-        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
-        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
-        lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
-        lag = lag - torch.arange(low, high, dtype=torch.int32)
-        hidden = (lag < 0) | (lag >= window)
-        if docs is not None:
-            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
-            hidden = hidden | other[:, None, None]
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).view(B * J, -1, high - low)
-        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
-    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
 
 class Linear(nn.Module):
@@ -1117,15 +1001,6 @@ class Cache:
         self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
-def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
-    logits = F.linear(x, weight).float()
-    return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits  # cap * tanh(logits / cap), faster
-
-
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
-
-
 class LoopedGPT(nn.Module):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
@@ -1165,7 +1040,7 @@ class LoopedGPT(nn.Module):
 
         self.run_states = compiled(LoopedGPT.states, "full")
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
-        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss, "block", "full")
+        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss_ref, "block", "full")
 
     def role(self, name: str) -> str:
         """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
@@ -1386,19 +1261,6 @@ class Latents:
             self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
 
 
-def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz on (n, rows, columns): singular values end between about 0.7 and 1.2. The Frobenius norm bounds the
-    spectral norm, so the iteration starts with singular values of at most 1."""
-    x = batch.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
-    return x.mT if tall else x
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape, either way up, form a batch, and ranks share the batch."""
 
@@ -1432,7 +1294,7 @@ class Muon(torch.optim.Optimizer):
         ctx, n = self.ctx, len(batch)
         share = -(-n // ctx.world)
         batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
-        mine = orthogonalize(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
         return torch.cat(ctx.gather(mine))[:n].float()
 
 
@@ -1457,8 +1319,6 @@ class Optimizers:
     def __init__(self, model: LoopedGPT, latents: Latents, config: Config, ctx: RunContext):
         self.latents = latents
         of = {kind: [n for n in latents.weights if model.kind(n) == kind] for kind in ("matrix", "table", "vector")}
-        covered = [n for names in of.values() for n in names]
-        assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter without optimizer"
         pick = {kind: [latents.weights[n] for n in names] for kind, names in of.items()}
         matrices, *others = (
             dict(params=pick["matrix"], peak=config.matrix_lr, weight_decay=config.weight_decay),
@@ -2274,8 +2134,9 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 def counted_files(moe_experts: int = 0) -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
-    names = ("train_gpt", "data/shards", "kernels/rans", "kernels/moe")[: 4 if moe_experts else 3]
-    return [path for name in names if (path := Path(__file__).parent / f"{name}.py").is_file()]
+    names = "train_gpt data/shards kernels/attention kernels/head kernels/newton_schulz kernels/quantize kernels/rans"
+    paths = [Path(__file__).parent / f"{name}.py" for name in [*names.split(), *["kernels/moe"] * (moe_experts > 0)]]
+    return [path for path in paths if path.is_file()]
 
 
 def hash_counted_code(moe_experts: int = 0) -> str:

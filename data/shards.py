@@ -1,10 +1,13 @@
-"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens.
+"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens; and the
+shards of a split as one stream of tokens.
 
-It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted
-code: it needs numpy only, and holds nothing that a training run does not use.
+It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted code and
+needs numpy only; what a training run does not use is not packed.
 """
 
+import hashlib
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,35 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
                 raise DataError(f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
                                 "use the tokenizer that the shard was made with")
     return tokens
+
+
+class TokenStream:
+    """The shards of one split as one long row of tokens that repeats after its end."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.paths = find_shards(folder, split)
+        self.shards = [read_shard(path) for path in self.paths]
+        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
+        if highest >= vocab_size:
+            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.total = int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            start %= self.total
+            index = np.searchsorted(self.starts, start, side="right") - 1
+            pieces.append(self.shards[index][start - self.starts[index] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
+        return digest.hexdigest()
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:

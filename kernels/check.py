@@ -58,7 +58,7 @@ def draw_latent(*shape: int) -> list[Tensor]:
 
 def round_with(function: Callable) -> Callable[..., Tensor]:
     def rounded(weight: Tensor, out: Tensor) -> Tensor:
-        function(weight, out, 31, 12.85)
+        function(weight, out, quantize.Grid(6, 12.85))
         return out
 
     return rounded
@@ -66,7 +66,7 @@ def round_with(function: Callable) -> Callable[..., Tensor]:
 
 def build_cases() -> list[Case]:
     def advance_with(advance):
-        return lambda batch: newton_schulz.iterate(batch, batch.dtype, advance)
+        return lambda batch: newton_schulz.orthogonalize_ref(batch, batch.dtype, advance)
 
     cases = [
         Case("head", lambda *t: head.head_loss_triton(*t, 30.0), lambda *t: head.head_loss_ref(*t, 30.0),

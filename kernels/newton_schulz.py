@@ -6,6 +6,8 @@ Two of the three products of an iteration are symmetric. The kernel computes the
 which is 3/10 to 1/3 of all operations less; what is added to a product is added before the only rounding.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,19 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
 
 
 def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz on (n, rows, columns): singular values end between about 0.7 and 1.2. In float32 cuBLAS is faster
-    than a kernel without tensor cores."""
-    return iterate(batch, dtype, advance_triton if triton and batch.is_cuda and dtype.itemsize == 2 else advance_ref)
+    """In float32 cuBLAS is faster than a kernel without tensor cores."""
+    suits = triton and batch.is_cuda and dtype.itemsize == 2
+    return orthogonalize_ref(batch, dtype, advance_triton if suits else advance_ref)
 
 
-def iterate(batch: Tensor, dtype: torch.dtype, advance) -> Tensor:
-    """The Frobenius norm bounds the spectral norm, so the iteration starts with singular values of at most 1."""
+def advance_ref(x: Tensor) -> Tensor:
+    gram = x @ x.mT
+    return 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+
+
+def orthogonalize_ref(batch: Tensor, dtype: torch.dtype, advance: Callable[[Tensor], Tensor] = advance_ref) -> Tensor:
+    """Singular values end between about 0.7 and 1.2. The Frobenius norm bounds the spectral norm, so the iteration
+    starts with singular values of at most 1."""
     x = batch.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -31,11 +39,6 @@ def iterate(batch: Tensor, dtype: torch.dtype, advance) -> Tensor:
     for _ in range(5):
         x = advance(x)
     return x.mT if tall else x
-
-
-def advance_ref(x: Tensor) -> Tensor:
-    gram = x @ x.mT
-    return 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
 
 
 if triton:

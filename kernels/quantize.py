@@ -1,10 +1,15 @@
-"""A weight matrix to the nearest points of its grid, in the dtype that the model computes in.
+"""The quantizer, one for training and export: integer codes on a grid per row of a weight matrix.
 
-    round_to_grid(weight, out, largest, k)     weight (rows, columns) float32; `out` of the same shape is written
+    codes, step = quantize_tensor(weight, grid)               weight (rows, columns): int8 codes, fp16 step per row
+    codes, step = round_with_feedback(weight, hessian, grid)  GPTQ: the same grid, other points of it
+    weight = dequantize_tensor(codes, step)
+    round_to_grid(weight, out, grid)                          there and back, written to `out`
 
-The grid of a row is that of training and export (section 5 of train_gpt.py): k standard deviations over the largest
-code, as float16. One kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+The step of a row's grid is k standard deviations over the largest code, without a floor. For round_to_grid, of all
+weights in every step, one kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,14 +21,59 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
     triton = None
 
 
-def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
-    step = (weight.square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half().float()[:, None]
-    codes = (weight / torch.where(step > 0, step, torch.inf)).round().clamp(-largest, largest)
-    out.copy_(codes * step)
+@dataclass(frozen=True)
+class Grid:
+    bits: int
+    k: float
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
 
 
-def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
-    (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, largest, k)
+def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
+
+
+def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
+    return codes.float() * step.float()[:, None]
+
+
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
+    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
+    _, step = quantize_tensor(weight, grid)
+    order = hessian.diagonal().argsort(descending=True)
+    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    energy = hessian.diagonal().mean() + 1e-12
+    eye = torch.eye(len(order), device=hessian.device)
+    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
+        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
+        if not failed:
+            break
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
+    codes = torch.zeros_like(open_weight)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = torch.zeros_like(open_weight[:, start:stop])
+        for i in range(start, stop):
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
+            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
+        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
+
+
+def round_to_grid_ref(weight: Tensor, out: Tensor, grid: Grid) -> None:
+    out.copy_(dequantize_tensor(*quantize_tensor(weight, grid)))
+
+
+def round_to_grid(weight: Tensor, out: Tensor, grid: Grid) -> None:
+    (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, grid)
 
 
 if triton:
@@ -43,9 +93,9 @@ if triton:
         codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
         tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
 
-    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+    def round_to_grid_triton(weight: Tensor, out: Tensor, grid: Grid) -> None:
         block = triton.next_power_of_2(weight.shape[1])
         round_kernel[(len(weight),)](
-            weight, out, weight.shape[1], float(largest), k / largest, BLOCK=block,
+            weight, out, weight.shape[1], float(grid.largest), grid.k / grid.largest, BLOCK=block,
             num_warps=min(max(block // 256, 1), 16),
         )  # fmt: skip

@@ -291,6 +291,8 @@ def test_operations_follow_the_mean_depth():
     assert flat - short == 2 * 12 * D * (T // 2 - 3 * T // 8)
     adapted = compute_flops(tiny_config(plan="ab", adapter_rank=5), 1)
     assert adapted - flat == 2 * 6 * 2 * D * 5
+    wide = compute_flops(tiny_config(plan="ab", head_dim=D), 1)  # 2 heads and their keys and values, twice as wide
+    assert wide - flat == 2 * (6 * 6 * 16 * D + 12 * 2 * 16 * T // 2) + 6 * 8 * 16
 
 
 def test_lion_moves_by_the_sign_of_its_mix():

@@ -24,7 +24,7 @@ import kernels.mlp as mlp
 import kernels.newton_schulz as newton_schulz
 import kernels.quantize as quantize
 import tools.pack
-from train_gpt import Grid, dequantize_tensor, quantize_tensor
+from kernels.quantize import Grid, dequantize_tensor, quantize_tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
@@ -114,8 +114,8 @@ def test_head_says_that_a_target_is_no_token():
 @pytest.mark.parametrize("n, rows, columns", [(2, 64, 128), (3, 70, 45), (1, 130, 37), (2, 33, 33), (1, 1, 9)])
 def test_orthogonalize(n, rows, columns):
     batch = draw(n, rows, columns)
-    expected = newton_schulz.iterate(batch, torch.float64, newton_schulz.advance_ref)
-    assert_near([newton_schulz.iterate(batch, torch.float32, newton_schulz.advance_triton)], [expected])
+    expected = newton_schulz.orthogonalize_ref(batch, torch.float64)
+    assert_near([newton_schulz.orthogonalize_ref(batch, torch.float32, newton_schulz.advance_triton)], [expected])
 
 
 @needs_triton
@@ -168,7 +168,7 @@ def test_rounding_is_that_of_the_exporter(rows, columns, bits, k):
     weight[0] = 0
     weight[-1] *= 1e9  # its step would pass the largest float16
     found = torch.empty_like(weight)
-    quantize.round_to_grid_triton(weight, found, grid.largest, grid.k)
+    quantize.round_to_grid_triton(weight, found, grid)
     assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)))
 
 
@@ -181,7 +181,7 @@ def test_rounding_sends_ties_to_the_even_code():
     grid = Grid(6, 31.0)
     assert quantize_tensor(weight, grid)[1].item() == 1.0
     found = torch.empty_like(weight)
-    quantize.round_to_grid_triton(weight, found, grid.largest, grid.k)
+    quantize.round_to_grid_triton(weight, found, grid)
     assert found[0, :6].tolist() == [0, 0, 2, -2, 0, 0]
 
 
@@ -192,7 +192,7 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
     weight[3] = 0
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(weight.shape, dtype=dtype)
-        quantize.round_to_grid(weight, found, grid.largest, grid.k)
+        quantize.round_to_grid(weight, found, grid)
         assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)).to(dtype))
 
 
@@ -210,8 +210,8 @@ def assert_plain_forms_serve():
     assert torch.equal(head.head_loss(x, w, t, 9.0), head.head_loss_ref(x, w, t, 9.0))
     assert torch.equal(mlp.mlp(x, w, w.mT), mlp.mlp_ref(x, w, w.mT))
     found = newton_schulz.orthogonalize(w[None], torch.bfloat16)
-    assert torch.equal(found, newton_schulz.iterate(w[None], torch.bfloat16, newton_schulz.advance_ref))
-    quantize.round_to_grid(w, torch.empty_like(w), 31, 12.85)
+    assert torch.equal(found, newton_schulz.orthogonalize_ref(w[None], torch.bfloat16))
+    quantize.round_to_grid(w, torch.empty_like(w), Grid(6, 12.85))
 
 
 def hopper_cases():

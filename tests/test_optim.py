@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Latents, Optimizers, Settings, WeightAverage, orthogonalize, train_step, warm_up
+from kernels.newton_schulz import orthogonalize_ref as orthogonalize
+from train_gpt import Latents, Optimizers, Settings, WeightAverage, train_step, warm_up
 
 FULL = Settings(lr_scale=1.0, momentum=0.9, depth=1)
 

@@ -87,16 +87,14 @@ def names_in(node: ast.AST) -> set[str]:
     return used | {alias.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for alias in n.names}
 
 
-def defined_by(line: ast.stmt) -> set[str]:
+def defined_by(line: ast.AST) -> set[str]:
     """Names that a line at the top of a module binds, where nothing else depends on its being run."""
     if isinstance(line, ast.FunctionDef | ast.ClassDef):
         return {line.name}
     if isinstance(line, ast.Import | ast.ImportFrom):  # not even __future__ counts: annotations are not kept
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
-    if isinstance(line, ast.If | ast.Try):  # what is there only beside Triton stays or goes as a whole
-        return set().union(
-            *(defined_by(node) for node in ast.walk(line) if isinstance(node, ast.stmt) and node != line)
-        )
+    if isinstance(line, ast.If | ast.Try | ast.ExceptHandler):  # what is there only beside Triton goes as a whole
+        return set().union(*(defined_by(node) for node in ast.iter_child_nodes(line)))
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 

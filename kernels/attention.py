@@ -1,0 +1,55 @@
+"""Causal attention within a window and a document, and the rotation of queries and keys before it.
+
+    y = attend(rotate(q, ...), rotate(k, ...), v, window, docs)      q (B, T, H, K); k, v (B, L, H/G, K) -> (B, T, HK)
+
+A GPU has PyTorch's fused kernels. On a CPU plain products in blocks of queries, which skip the keys that no query of
+the block may see, are several times faster than the library's kernel.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
+    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
+    if q.device.type != "cpu":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if past or window < L or docs is not None:
+            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+            mask = (lag >= 0) & (lag < window)
+        if docs is not None:
+            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
+        return y.transpose(1, 2).reshape(B, T, H * K)
+    # the query heads that share keys are rows of one product
+    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
+    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    out, block = [], 128  # scores of one product stay in the cache
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        low, high = max(0, past + start - window + 1), past + stop
+        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
+        lag = lag - torch.arange(low, high, dtype=torch.int32)
+        hidden = (lag < 0) | (lag >= window)
+        if docs is not None:
+            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
+            hidden = hidden | other[:, None, None]
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).view(B * J, -1, high - low)
+        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
+    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
