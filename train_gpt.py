@@ -615,6 +615,7 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     else:
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
+        _ = torch._dynamo  # loads it: beside a process group it would hold the group, and its threads would never end
         dist.init_process_group("nccl" if on_gpu else "gloo")
     # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
     has_bf16 = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -2305,7 +2306,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
         else:
             (score_only if config.score else run)(config, source, ctx)
         if ctx.world > 1:
-            dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
+            dist.barrier()  # no rank takes the group from one that still uses it
         return 0
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough

@@ -93,3 +93,32 @@ def test_a_batch_that_does_not_split_is_one_line_and_no_file(dataset, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: batch_tokens=96: 3 sequences do not split over 2 ranks"
     ]
+
+
+ENDING = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch.distributed as dist, train_gpt
+
+def count_threads():
+    return len(os.listdir("/proc/self/task"))
+
+def destroy(end=dist.destroy_process_group):
+    counts.append(count_threads())
+    end()
+    counts.append(count_threads())
+
+counts, dist.destroy_process_group = [], destroy
+code = train_gpt.main(sys.argv[1:], dict(os.environ))
+os.write(2, f"threads:{code},{counts[0] - counts[1]}\\n".encode())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_no_thread_of_the_process_group_outlives_it(dataset, tmp_path):
+    """One that still frees a tensor when Python ends aborts a finished run: gloo has a loop and two workers."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ending.py", str(ROOT)]
+    command = [sys.executable, *launch, *tiny_options(dataset, run_id="r", iterations=2, also="none")]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if line.startswith("threads:")] == ["threads:0,3"] * 2, done.stderr
