@@ -2,7 +2,7 @@
 What is finished is skipped, what was interrupted goes on from its checkpoint: after Ctrl-C, type the same line again.
 
 Examples:
-    python -m tools.seeds --seeds 1337 42 2024 -- --recipe pocket --iterations 400
+    python -m tools.seeds --seeds 1337 42 2024 -- --recipe pocket --iterations 500
     python -m tools.seeds --seeds 1337 42 2024 --nproc 8 --name 4b7l --json seeds.json
 
 Options of train_gpt.py come after --. Exit codes: those of the run that failed; 1 after an interruption.

@@ -19,6 +19,7 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 from __future__ import annotations
 
 import copy
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -50,7 +51,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.shards import DataError, find_shards, read_shard
+from data.shards import DataError, TokenStream, find_shards
+from kernels.attention import attend, rotate
+from kernels.head import head_loss_ref, softcap_logits
+from kernels.newton_schulz import orthogonalize_ref
+from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
 from kernels.rans import decode_matrices, encode_matrices
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +101,7 @@ class Stored:
     moe_top: int = 2  # experts that each token is sent to
     num_heads: int = 32  # query heads
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
+    head_dim: int = 0  # width of a head (0 = model_dim / num_heads)
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
     seq_len: int = 2048  # tokens in a training sequence and in a scoring window
     rope_dims: int = 16  # dimensions of each head that rotate with position
@@ -200,15 +206,16 @@ class Config(Stored):
                 if word not in words:
                     raise ConfigError(f"{name}={word}: choose from {', '.join(words)}{did_you_mean(word, words)}")
         n_passes, most = (plan.count_passes(depth) for depth in (self.rows, max(self.rows, self.score_depth)))
+        uneven = not self.head_dim and self.model_dim % self.num_heads
         for name, is_wrong, why in (
-            ("model_dim", self.model_dim % self.num_heads, f"must be divisible by num_heads={self.num_heads}"),
+            ("model_dim", uneven, f"must be divisible by num_heads={self.num_heads}"),
             ("num_heads", self.num_heads % self.num_kv_heads, f"must be divisible by num_kv_heads={self.num_kv_heads}"),
             ("model_dim", self.moe_experts and self.model_dim % 8, "must be divisible by 8"),
             ("moe_hidden", self.moe_hidden % 8, "must be divisible by 8"),
             ("moe_top", self.moe_top > self.moe_experts > 0, f"must be at most moe_experts={self.moe_experts}"),
             ("batch_tokens", self.batch_tokens % self.seq_len, f"must be divisible by seq_len={self.seq_len}"),
             ("rope_dims", self.rope_dims % 2, "must be even"),
-            ("rope_dims", self.rope_dims > self.head_dim, f"must be at most {self.head_dim}, the width of a head"),
+            ("rope_dims", self.rope_dims > self.head_width, f"must be at most {self.head_width}, the width of a head"),
             ("stride", self.stride > self.seq_len, f"must be at most seq_len={self.seq_len}"),
             ("band", self.band > self.seq_len, f"must be at most seq_len={self.seq_len}"),
             ("bos_id", self.bos_id >= self.vocab_size, f"must be below vocab_size={self.vocab_size}"),
@@ -224,8 +231,8 @@ class Config(Stored):
             parse_pass_set(name, getattr(self, name), n_passes)
 
     @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+    def head_width(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
 
     @property
     def mlp_dim(self) -> int:
@@ -246,8 +253,8 @@ class Config(Stored):
 
 # What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
 LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
-PLAIN = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
-BARE = PLAIN | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
+SIMPLE = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
+BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
@@ -262,17 +269,17 @@ OSRT = BARE | dict(
 RECIPES = {
     "4b7l": {},
     "pocket": dict(
-        plan="abcdabc", model_dim=256, num_heads=2, num_kv_heads=1, rope_dims=64, seq_len=512, bigram_buckets=2048,
-        bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0, warmdown=0.6,
-        final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536, score_batch=16,
-        ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local", checkpoint_every_s=30.0,
-        calibration_tokens=32768,
+        model_dim=256, num_heads=1, num_kv_heads=1, head_dim=128, rope_dims=64, mlp_mult=2.5, seq_len=512,
+        bigram_buckets=2048, bigram_dim=64, ve_dim=64, batch_tokens=4096, momentum=0.95, max_wallclock_seconds=120.0,
+        warmdown=0.6, final_lr=0.02, average="none", doc_attention=True, score_mode="lora", score_tokens=65536,
+        score_batch=16, ttt_chunk=8192, ttt_batch=4, lora_chunk=128, eval_budget=120.0, data_path="data/local",
+        checkpoint_every_s=30.0, calibration_tokens=32768,
     ),
     "frontier": LEAN | dict(
         plan="abc(def)*3ghijk", loop_start=0.35, vocab_size=8192, model_dim=512, num_heads=8, num_kv_heads=4,
         mlp_mult=4.0, batch_tokens=786432, data_path="data/fineweb_sp8192",
     ),
-    "baseline9": PLAIN | dict(
+    "baseline9": SIMPLE | dict(
         plan="abcdefghi", model_dim=512, num_heads=8, num_kv_heads=4, seq_len=1024, rope_dims=64, matrix_lr=0.04,
         table_lr=0.05, vector_lr=0.04, momentum=0.95, momentum_warmup=0.036, grad_clip=0.0, warmdown=0.087, edge_bits=8,
     ),
@@ -310,7 +317,7 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
     (0, 1): "loop_start momentum momentum_start momentum_warmup ttt_momentum warmdown final_lr average_start ema_decay",
     (0, 256): "max_r score_depth",
     (0, 1000): "ttt_epochs",
-    (0, 65536): "adapter_rank moe_experts",
+    (0, 65536): "adapter_rank moe_experts head_dim",
     (0, 2**24): "bigram_buckets",
     (0.01, 64): "mlp_mult",
     (0.1, MOST): "max_wallclock_seconds core_k edge_k embed_k table_k",
@@ -608,7 +615,10 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
+        _ = torch._dynamo  # loads it: beside a process group it would hold the group, and its threads would never end
         dist.init_process_group("nccl" if on_gpu else "gloo")
     # bfloat16 pays where the processor multiplies it in hardware; elsewhere it is emulated and slower than float32
     has_bf16 = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -620,6 +630,14 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
     return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
+
+
+def keep_freed_memory() -> None:
+    """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
+    costs a fault when it comes again: 8% of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
 
 
 def find_compiler_fault() -> str:
@@ -658,35 +676,6 @@ class Clock:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens come from memory-mapped shards; the batch of a step is a pure function of the step, so that a resumed run, a
 # warm-up or another number of ranks never moves the data.
-
-
-class TokenStream:
-    """The shards of one split as one long row of tokens that repeats after its end."""
-
-    def __init__(self, folder: str, split: str, vocab_size: int):
-        self.paths = find_shards(folder, split)
-        self.shards = [read_shard(path) for path in self.paths]
-        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
-        if highest >= vocab_size:
-            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
-        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self.total = int(self.starts[-1])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        pieces = [np.empty(0, np.int64)]
-        while count:
-            start %= self.total
-            index = np.searchsorted(self.starts, start, side="right") - 1
-            pieces.append(self.shards[index][start - self.starts[index] :][:count])
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces)
-
-    def fingerprint(self) -> str:
-        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
-        return digest.hexdigest()
 
 
 def load_batch(stream: TokenStream, step: int, config: Config, ctx: RunContext) -> tuple[Tensor, Tensor]:
@@ -801,58 +790,11 @@ class Budget:
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Quantization
 # ----------------------------------------------------------------------------------------------------------------------
-# One pair of functions for training and export. The step of a row's grid is k standard deviations over the largest
-# code, without a floor: then bits per weight depend on k alone, and k can be solved from the byte limit beforehand.
+# kernels/quantize.py is the quantizer of training and of export. The step of a row's grid is k standard deviations over
+# the largest code, without a floor: then bits per weight depend on k alone, and k is solved from the byte limit here.
 
 FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
-
-
-@dataclass(frozen=True)
-class Grid:
-    bits: int
-    k: float
-
-    @property
-    def largest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-
-def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
-    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
-    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
-
-
-def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
-    return codes.float() * step.float()[:, None]
-
-
-def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
-    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
-    _, step = quantize_tensor(weight, grid)
-    order = hessian.diagonal().argsort(descending=True)
-    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
-    energy = hessian.diagonal().mean() + 1e-12
-    eye = torch.eye(len(order), device=hessian.device)
-    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
-        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
-        if not failed:
-            break
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
-    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
-    codes = torch.zeros_like(open_weight)
-    for start in range(0, len(order), 128):
-        stop = min(start + 128, len(order))
-        errors = torch.zeros_like(open_weight[:, start:stop])
-        for i in range(start, stop):
-            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
-            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
-            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
-        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
 
 
 def compute_gaussian_bits(grid: Grid) -> float:
@@ -934,50 +876,6 @@ def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps=1e-6)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
-    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
-    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
-    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
-    past = L - T
-    if q.device.type != "cpu":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = None
-        if past or window < L or docs is not None:
-            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
-            mask = (lag >= 0) & (lag < window)
-        if docs is not None:
-            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
-        return y.transpose(1, 2).reshape(B, T, H * K)
-    # On a CPU plain products in blocks of queries, which skip the keys that no query of the block may see, are several
-    # times faster than the library's kernel. The query heads that share keys are rows of one product.
-    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
-    out, block = [], 64 if H >= 4 * J else 128  # scores of one product stay in the cache
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        low, high = max(0, past + start - window + 1), past + stop
-        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
-        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
-        lag = torch.arange(past + start, past + stop, device=q.device)[:, None]
-        lag = lag - torch.arange(low, high, device=q.device)
-        hidden = (lag < 0) | (lag >= window)
-        if docs is not None:
-            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
-            hidden = hidden | other[:, None, None]
-        scores = scores.float().masked_fill(hidden, -math.inf)
-        weights = scores.softmax(-1).to(v.dtype).view(B * J, -1, high - low)
-        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
-    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
-
-
 class Linear(nn.Module):
     """A matrix without bias. `parts` counts the rows of each projection that it fuses."""
 
@@ -1011,7 +909,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype, span: int, loops: int):
         super().__init__()
-        D, K = config.model_dim, config.head_dim
+        D, K = config.model_dim, config.head_width
         self.config, self.head_dim, self.span = config, K, span  # span: how far it looks at most
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = Linear(D, (self.heads * K, self.kv_heads * K, self.kv_heads * K), dtype)
@@ -1107,22 +1005,13 @@ class Cache:
         self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
-def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
-    logits = F.linear(x, weight).float()
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
-
-
 class LoopedGPT(nn.Module):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
         self.config, self.plan, self.is_compiled = config, parse_plan(config.plan), compile_mode != "none"
-        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_width
         self.uses = [p.block for p in self.plan.passes(config.rows, config.rows)]  # block of each row of the tables
         P = len(self.uses)
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
@@ -1155,7 +1044,7 @@ class LoopedGPT(nn.Module):
 
         self.run_states = compiled(LoopedGPT.states, "full")
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
-        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss, "block", "full")
+        self.run_block, self.run_loss = compiled(Block.forward, "block"), compiled(head_loss_ref, "block", "full")
 
     def role(self, name: str) -> str:
         """core, edge (matrices), embed, table or vector: which grid a parameter gets."""
@@ -1251,7 +1140,7 @@ class LoopedGPT(nn.Module):
         past = cache.length if cache else 0
         start = tokens.new_full((len(tokens), 2), config.bos_id)
         seen = torch.cat((start if cache is None or cache.tokens is None else cache.tokens, tokens), 1)
-        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1) if config.doc_attention else None
+        docs = (seen[:, -past - T :] == config.bos_id).cumsum(1, dtype=torch.int32) if config.doc_attention else None
         reach = Reach(*self.rotary(past + T, tokens.device), cache.window if cache else config.seq_len, docs)
         x0 = self.embed_tokens(seen[:, -T - 2 :])
         x = x0.clone()  # one tensor under two names would be a graph of its own to the compiler
@@ -1329,7 +1218,8 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
         weights += 2 * D * config.adapter_rank
         weights += 2 * D * D * len(p.inject) * bool(model.inject)
         reach = min(T, block.span)
-        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * D * (reach - reach**2 / (2 * T)))
+        heads = config.num_heads * config.head_width
+        total += (1 if p.left < 0 else weighed) * (6 * weights + 12 * heads * (reach - reach**2 / (2 * T)))
     return int(total)
 
 
@@ -1375,19 +1265,6 @@ class Latents:
             self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
 
 
-def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz on (n, rows, columns): singular values end between about 0.7 and 1.2. The Frobenius norm bounds the
-    spectral norm, so the iteration starts with singular values of at most 1."""
-    x = batch.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
-    return x.mT if tall else x
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape, either way up, form a batch, and ranks share the batch."""
 
@@ -1421,7 +1298,7 @@ class Muon(torch.optim.Optimizer):
         ctx, n = self.ctx, len(batch)
         share = -(-n // ctx.world)
         batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
-        mine = orthogonalize(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
         return torch.cat(ctx.gather(mine))[:n].float()
 
 
@@ -1446,8 +1323,6 @@ class Optimizers:
     def __init__(self, model: LoopedGPT, latents: Latents, config: Config, ctx: RunContext):
         self.latents = latents
         of = {kind: [n for n in latents.weights if model.kind(n) == kind] for kind in ("matrix", "table", "vector")}
-        covered = [n for names in of.values() for n in names]
-        assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter without optimizer"
         pick = {kind: [latents.weights[n] for n in names] for kind, names in of.items()}
         matrices, *others = (
             dict(params=pick["matrix"], peak=config.matrix_lr, weight_decay=config.weight_decay),
@@ -2262,9 +2137,10 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 
 def counted_files(moe_experts: int = 0) -> list[Path]:
-    """The files that a run is made of: this script and what it imports from the repository."""
-    names = ("train_gpt", "data/shards", "kernels/rans", "kernels/moe")[: 4 if moe_experts else 3]
-    return [Path(__file__).parent / f"{name}.py" for name in names]
+    """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
+    names = "train_gpt data/shards kernels/attention kernels/head kernels/newton_schulz kernels/quantize kernels/rans"
+    paths = [Path(__file__).parent / f"{name}.py" for name in [*names.split(), *["kernels/moe"] * (moe_experts > 0)]]
+    return [path for path in paths if path.is_file()]
 
 
 def hash_counted_code(moe_experts: int = 0) -> str:
@@ -2433,7 +2309,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
         else:
             (score_only if config.score else run)(config, source, ctx)
         if ctx.world > 1:
-            dist.barrier()  # a rank that leaves while gloo still frees its tensors would abort
+            dist.barrier()  # no rank takes the group from one that still uses it
         return 0
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough
@@ -2452,13 +2328,16 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], dict(os.environ)))
 # ==== data/shards.py ====
-"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens.
+"""The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens; and the
+shards of a split as one stream of tokens.
 
-It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted
-code: it needs numpy only, and holds nothing that a training run does not use.
+It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted code and
+needs numpy only; what a training run does not use is not packed.
 """
 
+import hashlib
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -2523,6 +2402,35 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     return tokens
 
 
+class TokenStream:
+    """The shards of one split as one long row of tokens that repeats after its end."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.paths = find_shards(folder, split)
+        self.shards = [read_shard(path) for path in self.paths]
+        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
+        if highest >= vocab_size:
+            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.total = int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            start %= self.total
+            index = np.searchsorted(self.starts, start, side="right") - 1
+            pieces.append(self.shards[index][start - self.starts[index] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
+        return digest.hexdigest()
+
+
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Write a shard under a temporary name and rename it, so that a broken write leaves no file behind."""
     path, tokens = Path(path), np.asarray(tokens)
@@ -2544,6 +2452,346 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+# ==== kernels/attention.py ====
+"""Causal attention within a window and a document, and the rotation of queries and keys before it.
+
+    y = attend(rotate(q, ...), rotate(k, ...), v, window, docs)      q (B, T, H, K); k, v (B, L, H/G, K) -> (B, T, HK)
+
+A GPU has PyTorch's fused kernels. On a CPU plain products in blocks of queries, which skip the keys that no query of
+the block may see, are several times faster than the library's kernel.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
+    q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
+    if q.device.type != "cpu":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if past or window < L or docs is not None:
+            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+            mask = (lag >= 0) & (lag < window)
+        if docs is not None:
+            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
+        return y.transpose(1, 2).reshape(B, T, H * K)
+    # the query heads that share keys are rows of one product
+    q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
+    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    out, block = [], 128  # scores of one product stay in the cache
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        low, high = max(0, past + start - window + 1), past + stop
+        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
+        lag = lag - torch.arange(low, high, dtype=torch.int32)
+        hidden = (lag < 0) | (lag >= window)
+        if docs is not None:
+            other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
+            hidden = hidden | other[:, None, None]
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).view(B * J, -1, high - low)
+        out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
+    return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
+# ==== kernels/head.py ====
+"""The head: logits, squashed into plus or minus `cap` unless that is 0, and their mean cross entropy.
+
+    logits = softcap_logits(x, weight, cap)       x (..., D), weight (V, D)
+    loss = head_loss(x, weight, targets, cap)     targets (...): tokens below V; cap above 0
+
+Three products of cuBLAS and one pass over the logits: a row of them fits in registers, so the kernel computes its loss
+and, in place, its gradient. Nothing in float32 of that size exists, nothing is recomputed, and the backward pass has
+only products left. README.md says why this beats one kernel for everything.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch form serves
+    triton = None
+
+
+def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    logits = F.linear(x, weight).float()
+    return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits  # cap * tanh(logits / cap), faster
+
+
+def head_loss_ref(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return (head_loss_triton if triton and x.is_cuda else head_loss_ref)(x, weight, targets, cap)
+
+
+if triton:
+
+    @triton.jit
+    def head_kernel(logits, targets, losses, vocab, cap, share, BLOCK: tl.constexpr):
+        """A row: its loss, and in place of the logits `share` times the gradient of the loss with respect to them."""
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < vocab
+        at = logits + row * vocab + columns
+        z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        squashed = 1 - 2 / (tl.exp(2 * z / cap) + 1)  # tanh; right at both ends, where exp is 0 or infinite
+        capped = tl.where(inside, cap * squashed, float("-inf"))
+        top = tl.max(capped, 0)
+        shares = tl.exp(capped - top)
+        total = tl.sum(shares, 0)
+        is_target = columns == tl.load(targets + row)
+        # a target outside the vocabulary is nowhere in the row: the loss is infinite, and the run stops
+        tl.store(losses + row, top + tl.log(total) - tl.max(tl.where(is_target, capped, float("-inf")), 0))
+        slopes = (shares / total - is_target.to(tl.float32)) * (1 - squashed * squashed) * share
+        tl.store(at, slopes.to(logits.dtype.element_ty), mask=inside)
+
+    # opaque to torch.compile, which then needs no graph break; the schema is written out because packing strips hints
+    @torch.library.custom_op(
+        "loopgolf::head",
+        mutates_args=(),
+        schema="(Tensor x, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
+    )
+    def head_op(x, weight, targets, cap):
+        """Mean loss of (N, D) states, and its gradient with respect to the (N, V) products of x and weight."""
+        slopes = x @ weight.mT
+        rows, vocab = slopes.shape
+        losses = torch.empty(rows, device=x.device)
+        block = triton.next_power_of_2(vocab)
+        head_kernel[(rows,)](
+            slopes, targets, losses, vocab, cap, 1 / rows, BLOCK=block, num_warps=min(max(block // 256, 1), 16)
+        )
+        return losses.mean(), slopes
+
+    @head_op.register_fake
+    def head_shapes(x, weight, targets, cap):
+        return x.new_empty((), dtype=torch.float32), x.new_empty(len(x), len(weight))
+
+    def keep_slopes(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # or zeros as large as the slopes would stand for their own gradient
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    def head_backward(ctx, grad, _):
+        x, weight, slopes = ctx.saved_tensors
+        # the incoming gradient goes into the small factor: scaling the slopes would be one more pass over them
+        return slopes @ (weight * grad), slopes.mT @ x * grad, None, None
+
+    head_op.register_autograd(head_backward, setup_context=keep_slopes)
+
+    def head_loss_triton(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return head_op(x.flatten(0, -2), weight, targets.flatten(), cap)[0]
+# ==== kernels/newton_schulz.py ====
+"""Orthogonalisation for Muon: five Newton-Schulz iterations on a batch of matrices of one shape.
+
+    update = orthogonalize(batch, dtype)     (n, rows, columns) in any dtype; the update has the given dtype
+
+Two of the three products of an iteration are symmetric. The kernel computes their lower tiles and writes each twice,
+which is 3/10 to 1/3 of all operations less; what is added to a product is added before the only rounding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch form serves
+    triton = None
+
+
+def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32 cuBLAS is faster than a kernel without tensor cores."""
+    suits = triton and batch.is_cuda and dtype.itemsize == 2
+    return orthogonalize_ref(batch, dtype, advance_triton if suits else advance_ref)
+
+
+def advance_ref(x: Tensor) -> Tensor:
+    gram = x @ x.mT
+    return 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+
+
+def orthogonalize_ref(batch: Tensor, dtype: torch.dtype, advance: Callable[[Tensor], Tensor] = advance_ref) -> Tensor:
+    """Singular values end between about 0.7 and 1.2. The Frobenius norm bounds the spectral norm, so the iteration
+    starts with singular values of at most 1."""
+    x = batch.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(5):
+        x = advance(x)
+    return x.mT if tall else x
+
+
+if triton:
+
+    @triton.jit
+    def symmetric_kernel(
+        x, out, rows, columns, batch_stride, row_stride, column_stride, alpha, beta,
+        SIZE: tl.constexpr, DEPTH: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of alpha x x^T + beta x, and its mirror image."""
+        if tl.program_id(1) > tl.program_id(0):
+            return
+        x += tl.program_id(2).to(tl.int64) * batch_stride
+        out += tl.program_id(2).to(tl.int64) * rows * rows
+        i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        j = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        total = tl.zeros((SIZE, SIZE), tl.float32)
+        for start in range(0, columns, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            inside = (k < columns)[None, :]
+            at = x + k[None, :] * column_stride
+            left = tl.load(at + i[:, None] * row_stride, mask=inside & (i < rows)[:, None], other=0.0)
+            right = tl.load(at + j[:, None] * row_stride, mask=inside & (j < rows)[:, None], other=0.0)
+            total = tl.dot(left, right.T, total, input_precision="ieee")
+        total *= alpha
+        inside = (i < rows)[:, None] & (j < rows)[None, :]
+        if HAS_ADDEND:
+            at = x + i[:, None] * row_stride + j[None, :] * column_stride
+            total += beta * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tile = total.to(out.dtype.element_ty)
+        tl.store(out + i[:, None] * rows + j[None, :], tile, mask=inside)
+        if tl.program_id(1) < tl.program_id(0):
+            tl.store(out + j[:, None] * rows + i[None, :], tile.T, mask=inside.T)
+
+    def symmetric_product(x: Tensor, alpha: float, beta: float = 0.0) -> Tensor:
+        """alpha x x^T + beta x for a batch (n, rows, columns); with beta, x has to be square and symmetric."""
+        n, rows, columns = x.shape
+        out = x.new_empty(n, rows, rows)
+        # large tiles move fewer bytes, small ones fill the device when there are few matrices
+        size = 128 if n * (rows // 128) ** 2 >= 256 else 64
+        tiles = triton.cdiv(rows, size)
+        symmetric_kernel[(tiles, tiles, n)](
+            x, out, rows, columns, *x.stride(), alpha, beta,
+            SIZE=size, DEPTH=64, HAS_ADDEND=beta != 0, num_warps=size // 16, num_stages=3,
+        )  # fmt: skip
+        return out
+
+    def advance_triton(x: Tensor) -> Tensor:
+        polynomial = symmetric_product(symmetric_product(x, 1.0), 2.0315, -4.775)
+        return torch.baddbmm(x, polynomial, x, beta=3.4445)
+# ==== kernels/quantize.py ====
+"""The quantizer, one for training and export: integer codes on a grid per row of a weight matrix.
+
+    codes, step = quantize_tensor(weight, grid)               weight (rows, columns): int8 codes, fp16 step per row
+    codes, step = round_with_feedback(weight, hessian, grid)  GPTQ: the same grid, other points of it
+    weight = dequantize_tensor(codes, step)
+    round_to_grid(weight, out, grid)                          there and back, written to `out`
+
+The step of a row's grid is k standard deviations over the largest code, without a floor. For round_to_grid, of all
+weights in every step, one kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch form serves
+    triton = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    bits: int
+    k: float
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
+
+
+def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
+    return codes.float() * step.float()[:, None]
+
+
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
+    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
+    _, step = quantize_tensor(weight, grid)
+    order = hessian.diagonal().argsort(descending=True)
+    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    energy = hessian.diagonal().mean() + 1e-12
+    eye = torch.eye(len(order), device=hessian.device)
+    for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
+        root, failed = torch.linalg.cholesky_ex(hessian + damping * energy * eye)
+        if not failed:
+            break
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    inverse_step = torch.where(step > 0, step, torch.inf).float().reciprocal()
+    codes = torch.zeros_like(open_weight)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = torch.zeros_like(open_weight[:, start:stop])
+        for i in range(start, stop):
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
+            open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
+        open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
+
+
+def round_to_grid_ref(weight: Tensor, out: Tensor, grid: Grid) -> None:
+    out.copy_(dequantize_tensor(*quantize_tensor(weight, grid)))
+
+
+def round_to_grid(weight: Tensor, out: Tensor, grid: Grid) -> None:
+    (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, grid)
+
+
+if triton:
+
+    @triton.jit
+    def round_kernel(weight, out, columns, largest, scale, BLOCK: tl.constexpr):
+        offsets = tl.arange(0, BLOCK)
+        inside = offsets < columns
+        offsets += tl.program_id(0).to(tl.int64) * columns
+        w = tl.load(weight + offsets, mask=inside, other=0.0)
+        spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
+        step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
+        # exact division: an approximate quotient would send ties to another code than the exporter's
+        codes = tl.div_rn(w, step + tl.zeros_like(w))
+        # the maximum of a number and 0 / 0 is the number: a row of zeros has finite codes, and a step of 0 times them
+        codes = tl.minimum(tl.maximum(codes, -largest), largest)
+        codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
+        tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
+
+    def round_to_grid_triton(weight: Tensor, out: Tensor, grid: Grid) -> None:
+        block = triton.next_power_of_2(weight.shape[1])
+        round_kernel[(len(weight),)](
+            weight, out, weight.shape[1], float(grid.largest), grid.k / grid.largest, BLOCK=block,
+            num_warps=min(max(block // 256, 1), 16),
+        )  # fmt: skip
 # ==== kernels/rans.py ====
 """A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
 
@@ -2595,7 +2843,7 @@ def encode_matrices(matrices: list[Tensor]) -> bytes:
         words.append(x[full].to(torch.int16))
         x = torch.where(full, x >> 16, x)
         states[: len(piece)] = (x // f << TABLE_BITS) + x % f + starts.take(piece.long())
-    side = compress(b"".join(sides))
+    side = compress_side(b"".join(sides))
     states = torch.where(states < 1 << 31, states, states - (1 << 32)).int()
     rest = struct.pack("<I", len(side)) + side + states.numpy().tobytes() + torch.cat(words[::-1]).numpy().tobytes()
     return struct.pack("<I", zlib.crc32(rest)) + rest
@@ -2726,11 +2974,11 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
             labels = (counts @ prices.T).argmin(1)
         deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
         side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
-        price = len(compress(side)) + float((sums * prices).sum()) / 2048
+        price = len(compress_side(side)) + float((sums * prices).sum()) / 2048
         if best is None or price < best[0]:
             best = price, side, kept, F.pad(roots, (low, 255 - high))
     return best[1:]
 
 
-def compress(side: bytes) -> bytes:
+def compress_side(side: bytes) -> bytes:
     return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)
