@@ -1,7 +1,6 @@
 """Training and scoring on a device that is not the CPU, without having one: tensors that only know their
 shape, dtype and device, on a made-up accelerator. PyTorch refuses an operation that mixes devices, as a GPU would."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -54,25 +53,3 @@ def test_no_operation_mixes_devices():
     """In a process of its own: a device that was made up once stays."""
     found = subprocess.run([sys.executable, "-c", PLAY], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout.split() == list(RECIPES), found.stderr[-2000:]
-
-
-FAULTS = """
-import resource, torch, train_gpt
-
-def count_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        [torch.ones(1 << 20) for _ in range(32)]  # 128 MiB, used once and freed
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-train_gpt.build_context(train_gpt.Config(device="cpu", compile="none"), {})
-count_faults()
-print(count_faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other habits")
-def test_memory_that_was_used_once_is_there_for_the_next_step():
-    """By itself each of the 128 tensors costs 1,024 page faults."""
-    found = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
-    assert int(found.stdout) < 4096, found.stderr[-2000:]

@@ -6,6 +6,7 @@ Runs that are killed, or whose process matters, are processes; the others call m
 
 import json
 import os
+import platform
 import shutil
 import signal
 import struct
@@ -416,3 +417,25 @@ def test_the_artifact_ends_just_below_a_limit_that_binds(share, dataset, tmp_pat
     assert tools.artifact.main(["verify", "small.lg"]) == 0
     assert tools.artifact.main(["fit", "runs/r", "--byte_limit", "9000", "--out", "none.lg"]) == 3
     assert not (tmp_path / "none.lg").exists()
+
+
+FAULTS = """
+import resource, torch, train_gpt
+
+def count_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        [torch.ones(1 << 20) for _ in range(32)]  # 128 MiB, used once and freed
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+train_gpt.build_context(train_gpt.Config(device="cpu", compile="none"), {})
+count_faults()
+print(count_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other habits")
+def test_memory_that_was_used_once_is_there_for_the_next_step():
+    """By itself each of the 128 tensors costs 1,024 page faults."""
+    found = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
+    assert int(found.stdout) < 4096, found.stderr[-2000:]

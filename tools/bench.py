@@ -2,7 +2,7 @@
 
     python -m tools.bench [--steps 8] [--modes plain,banded] [--json] [-- options of train_gpt.py]
     python -m tools.bench -- --recipe pocket --batch_tokens 8192
-    python -m tools.bench --against '--num_heads 8 --num_kv_heads 2 --rope_dims 32' -- --recipe pocket
+    python -m tools.bench --against '--num_heads 8 --head_dim 32 --rope_dims 32' -- --recipe pocket
 
 A step is split into data, forward, backward, communication and optimizer, with the device idle at every cut, so the
 parts add up to a little more than a step that overlaps them. The floor is the step's arithmetic at the speed of this

@@ -137,6 +137,8 @@ def fuse(modules: dict[str, ast.Module]) -> ast.Module:
                     imports[ast.unparse(single)] = single
             elif not isinstance(line, ast.Expr | ast.Pass):
                 lines.append(line)
+                if isinstance(line, ast.Try):  # an import of Triton and what serves without it: the same in all modules
+                    continue
                 for bound in defined_by(line):
                     if owners.setdefault(bound, name) != name:
                         raise PackError(f"{owners[bound]} and {name} both define {bound}; rename it in one of them")
@@ -168,7 +170,7 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
     )
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
-        rename_globals=not fixed, preserve_globals=sorted(public.union(KEPT_GLOBALS)),
+        rename_globals=True, preserve_globals=sorted(public.union(KEPT_GLOBALS)),
         preserve_locals=[*fixed, *KEPT_LOCALS],
     )  # fmt: skip
 
