@@ -16,8 +16,6 @@ key-value head, K head width, V vocabulary, P passes, L tokens that a query can 
 from __future__ import annotations
 
 import copy
-import ctypes
-import difflib
 import functools
 import hashlib
 import io
@@ -27,16 +25,13 @@ import os
 import pickle
 import platform
 import re
-import signal
-import struct
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import sentencepiece
@@ -46,14 +41,26 @@ import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
+from contracts.artifact import Artifact, Shapes, pack_artifact, unpack_artifact, write_atomic
+from contracts.context import (
+    Clock,
+    Log,
+    RunContext,
+    StopSignals,
+    find_compiler_fault,
+    keep_freed_memory,
+    progress_bar,
+)  # fmt: skip
+from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
+from contracts.options import describe_options, did_you_mean, holds_fields, parse_command_line, parse_environment
+from contracts.plan import Pass, parse_pass_set, parse_plan
+from contracts.scoring import BpbMeter, ByteCounter, Score, Scoring, build_scorer, score_tokens
 from data.shards import DataError, TokenStream, find_shards
-from kernels.attention import attend, rotate
+from kernels.attention import Cache, attend, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
-from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
-from kernels.rans import decode_matrices, encode_matrices
+from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor, round_with_feedback
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -61,19 +68,9 @@ from kernels.rans import decode_matrices, encode_matrices
 # One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
 
 
-class Stop(Exception):
-    """Ends the run with one line that names what is wrong and how to mend it."""
-
-    exit_code = 2
-
-
-class ConfigError(Stop):
-    """A setting that cannot work."""
-
-
 @dataclass(frozen=True)
-class Stored:
-    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
+class Shape:
+    """What the model is."""
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
     depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
@@ -81,8 +78,6 @@ class Stored:
     bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
     score_depth: int = 0  # repetitions while scoring (0 = depth)
     skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
-    vocab_size: int = 1024  # size of the tokenizer's vocabulary
-    bos_id: int = 1  # token that starts every document
     model_dim: int = 1024  # width of the residual stream
     inject: str = "concat"  # how ^ mixes the kept stream into the present one: concat (a matrix on both) or add
     block_norm: str = "pre"  # norms of a block: pre (before attention and MLP), sandwich (after each sum too)
@@ -100,7 +95,6 @@ class Stored:
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
     head_dim: int = 0  # width of a head (0 = model_dim / num_heads)
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
-    seq_len: int = 2048  # tokens in a training sequence and in a scoring window
     rope_dims: int = 16  # dimensions of each head that rotate with position
     rope_base: float = 10000.0  # slowest wavelength of the rotation, in tokens over 2 pi
     qk_norm: bool = True  # norm queries and keys
@@ -113,19 +107,11 @@ class Stored:
     bigram_dim: int = 128  # width of the bigram table
     softcap: float = 30.0  # logits are squashed into plus or minus this (0 = they are not)
     doc_attention: bool = False  # attention stops at document boundaries
-    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
-    stride: int = 64  # tokens that a sliding window scores
-    band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
-    ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
-    ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
-    ttt_momentum: float = 0.9  # sgd: momentum
-    ttt_epochs: int = 3  # sgd: passes over each chunk
-    ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
-    ttt_clip: float = 1.0  # sgd: largest gradient norm
-    ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
-    lora_rank: int = 8  # lora: rank of the adapters that each document gets
-    lora_chunk: int = 256  # lora: tokens of a document that are scored before its adapters learn from them
-    lora_lr: float = 0.01  # lora: learning rate of the adapters (Adam)
+
+
+@dataclass(frozen=True)
+class Stored(Scoring, Shape):
+    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +162,6 @@ class Config(Stored):
 
     also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, none or a score_mode
     score_tokens: int = 0  # score only this prefix of the validation tokens (0 = all)
-    score_batch: int = 32  # windows in one forward pass of a rank while scoring
     eval_budget: float = 600.0  # seconds for val_bpb: adaptation stops in time for the rest to be scored without it
 
     data_path: str = "data/fineweb_sp1024"  # dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model
@@ -327,45 +312,10 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
 }
 
 
-def did_you_mean(word: str, words) -> str:
-    near = difflib.get_close_matches(word, list(words), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def cast_option(name: str, text: str, default) -> object:
-    """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
-    kind = type(default)
-    try:
-        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
-
-
-def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
-    """`--name value`, `--name=value`, and a bare `--dry_run` for booleans."""
-    found, words = {}, deque(argv)
-    while words:
-        word = words.popleft()
-        name, has_value, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in defaults:
-            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
-            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
-        if not has_value:
-            is_bare = not words or words[0].startswith("--")
-            if is_bare and not isinstance(defaults[name], bool):
-                raise ConfigError(f"option {word} needs a value")
-            text = "1" if is_bare else words.popleft()
-        found[name] = cast_option(name, text, defaults[name])
-    return found
-
-
 def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
     """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
     defaults = {f.name: f.default for f in fields(Config)}
-    from_env = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
-    on_line = parse_command_line(argv, defaults)
+    from_env, on_line = parse_environment(environ, defaults), parse_command_line(argv, defaults)
     given = from_env | on_line
     if given.get("resume"):
         folder = Path(given["resume"])
@@ -393,208 +343,15 @@ def load_started_config(folder: Path, given: dict[str, object]) -> dict:
     return stored
 
 
-def holds_fields(values, kind: type[Stored]) -> bool:
-    """Whether something read from JSON has exactly the fields of a config, each of its type."""
-    types = {f.name: type(f.default) for f in fields(kind)}
-    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
-
-
 def help_text() -> str:
-    """Every option with the comment behind its field; a packed script has no comments and lists the names."""
-    notes = dict(
-        re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
     title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
-    return "\n".join([title, *lines])
-
-
-@dataclass
-class Pass:
-    """One application of a physical block."""
-
-    block: int
-    slot: int  # row of the per-pass tables
-    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
-    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
-    norm: bool = False  # a norm follows this pass
-    ends: bool = False  # a repetition of a group ends with this pass
-    left: int = -1  # inside the *r group: its repetitions that still follow
-
-
-@dataclass(frozen=True)
-class Group:
-    """`(items)*count` of a plan; count 0 stands for r."""
-
-    items: tuple[int | Group, ...]  # blocks are numbers
-    count: int = 1
-    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
-    norms: int = 0  # 1 between repetitions, 2 after each
-
-    def count_passes(self, depth: int) -> int:
-        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
-
-    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
-        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
-        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
-        passes, repetitions = [], self.count or rows
-        stride = self.count_passes(rows) // repetitions
-        last = (self.count or depth if depth else 1) - 1
-        for repetition in range(last + 1):
-            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
-            for item in self.items:
-                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
-                at += item.count_passes(rows) if isinstance(item, Group) else 1
-            passes[first].inject = self.inject + passes[first].inject
-            if repetition == 0:
-                passes[first].enter = self.inject + passes[first].enter
-            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
-            passes[-1].ends |= self.count != 1
-            if not self.count:
-                for p in passes[first:]:
-                    p.left = last - repetition
-        return passes
-
-
-@dataclass(frozen=True)
-class Plan(Group):
-    """A parsed loop plan."""
-
-    names: str = ""  # letters of the blocks in order of first appearance
-    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
-    is_variable: bool = False  # one group repeats r times
-
-    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
-        return tuple(self.expand(depth, rows))
-
-
-@functools.lru_cache
-def parse_plan(text: str) -> Plan:
-    """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
-    names, opened, at = {}, [], 0
-    item = "a block letter or '(' (nested at most 16 deep)"
-
-    def take(pattern: str, expected: str = "") -> str:
-        nonlocal at
-        found = re.compile(pattern).match(text, at)
-        if not found:
-            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
-        at = found.end()
-        return found[0]
-
-    def items(nesting: int) -> tuple[int | Group, ...]:
-        found = []
-        while not found or re.match("[a-zA-Z(]", text[at:]):
-            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
-            if mark.isalpha():
-                found.append(names.setdefault(mark, len(names)))
-                continue
-            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
-            opened.append(inject)
-            inner = items(nesting + 1)
-            norms = len(take("~{0,2}"))
-            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
-            take(r"\*", "'*' and a count, as in (ab)*3")
-            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
-            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
-            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
-        return tuple(found)
-
-    if len(text) > 1000:
-        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
-    tree = items(0)
-    take(r"\Z", item)
-    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
-
-
-def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
-    """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
-    passes = range(n_passes)
-    try:
-        if text in ("none", "all"):
-            chosen = passes if text == "all" else ()
-        elif text.startswith("last"):
-            chosen = range(n_passes - int(text[4:]), n_passes)
-        else:
-            chosen = [int(word) for word in text.split(",")]
-        if all(number in passes for number in chosen):
-            return frozenset(chosen)
-    except ValueError:
-        pass
-    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
+    return "\n".join([title, *describe_options(Config)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Run context
 # ----------------------------------------------------------------------------------------------------------------------
 # Where this process runs: rank, device, dtype, log. The ranks of a run only ever agree through the methods here.
-
-
-class Log:
-    """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
-
-    def __init__(self, quiet: bool = False):
-        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
-
-    def open(self, path: Path) -> None:
-        if not self.quiet:
-            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
-            self.file.write(early)
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
-            print(text, file=self.file, flush=True)
-
-    def __call__(self, event: str, **pairs) -> None:
-        self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
-
-
-def format_value(value) -> str:
-    """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
-
-
-def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    # disable=None hides it where there is no terminal
-    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
-
-
-@dataclass(frozen=True)
-class RunContext:
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-    compile: str
-    log: Log
-    code_bytes: int = 0
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every rank, in the order of ranks."""
-        if self.world == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return parts
-
-    def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
-        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: the one sync of a step."""
-        mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
-        rows = torch.stack(self.gather(mine))
-        return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
@@ -627,45 +384,6 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
     return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
-
-
-def keep_freed_memory() -> None:
-    """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
-    costs a fault when it comes again: 8% of a step."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
-
-
-def find_compiler_fault() -> str:
-    """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
-    except Exception as error:
-        return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
-    return ""
-
-
-class Clock:
-    """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
-
-    def __init__(self, ctx: RunContext, used_s: float = 0.0):
-        self.ctx, self.used_s = ctx, used_s
-
-    def start(self) -> None:
-        self.ctx.sync()
-        self.ctx.log("clock", what="start", used_s=self.used_s)
-        self.started_at = time.perf_counter()
-
-    def read(self) -> float:
-        """Seconds used, once everything launched so far is done."""
-        self.ctx.sync()
-        return self.used_s + time.perf_counter() - self.started_at
-
-    def stop(self) -> float:
-        total = self.read()
-        self.ctx.log("clock", what="stop", used_s=total)
-        return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -703,23 +421,6 @@ def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor
     if tokenizer.vocab_size() != config.vocab_size:
         raise ConfigError(f"vocab_size={config.vocab_size}: {path} has {tokenizer.vocab_size()}; set --vocab_size")
     return tokenizer, hashlib.sha256(content).hexdigest()
-
-
-class ByteCounter:
-    """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
-    is a boundary (a control, unknown or unused id)."""
-
-    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
-        ids = range(tokenizer.vocab_size())
-        is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
-        pieces = [tokenizer.id_to_piece(i) for i in ids]
-        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
-        self.own_bytes, self.is_boundary = np.where(is_special, 0, own), np.array(is_special)
-        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
-
-    def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
-        spaces = self.has_space[targets] & ~self.is_boundary[previous]
-        return int(self.own_bytes[targets].sum() + spaces.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -770,9 +471,6 @@ class Budget:
         self.iterations, self.seconds = config.iterations, (1 - reserve) * config.max_wallclock_seconds
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
-    def add_step(self, seconds: float) -> None:
-        self.recent.append(seconds)
-
     def progress(self, step: int, used_s: float) -> float | None:
         """None when the next step would pass the budget. The last step always reaches 1, so that schedules end."""
         if self.iterations:
@@ -794,19 +492,6 @@ FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer;
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 
 
-def compute_gaussian_bits(grid: Grid) -> float:
-    """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
-    edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
-    below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
-    return compute_entropy(np.diff(below))
-
-
-def compute_entropy(weights: np.ndarray) -> float:
-    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
-    shares = weights[weights > 0] / weights.sum()
-    return float(-(shares * np.log2(shares)).sum())
-
-
 def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dict[str, Tensor] | None = None) -> int:
     """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
     total = 6000.0  # header
@@ -814,10 +499,10 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
         if not (grid := grids[name]):
             total += 1.7 * p.numel()  # fp16, compressed a little
             continue
-        bits = compute_gaussian_bits(grid)
+        bits = grid.gaussian_bits()
         if weights:
             codes, _ = quantize_tensor(weights[name][:: 1 + len(p) // 256], grid)  # some hundred rows are enough
-            bits = compute_entropy(torch.bincount(codes.flatten().long() + 128, minlength=256).double().cpu().numpy())
+            bits = compute_entropy(codes)
         total += CODER_SHARE * bits * p.numel() / 8 + 2 * len(p)
     return int(total)
 
@@ -854,12 +539,6 @@ def plan_k_scale(config: Config, model: LoopedGPT) -> float:
         return config.k_scale or FINEST
     room = config.byte_limit - config.code_reserve
     return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
-
-
-class DoesNotFit(Stop):
-    """The model cannot be stored within the byte limit."""
-
-    exit_code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -982,24 +661,6 @@ class Block(nn.Module):
             unit = F.normalize(own, dim=-1).unsqueeze(3)
             y = (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
         return y, kept
-
-
-class Cache:
-    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
-    look back on two), keys and values for the last window - 1. `repetitions` of the *r group keep keys and values of
-    their own; what comes deeper shares those of the last, so that 1 keeps those of the final repetition only."""
-
-    def __init__(self, window: int, repetitions: int = 256):
-        self.window, self.repetitions = window, repetitions
-        self.tokens: Tensor | None = None
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        return self.kept[0][0].shape[1] if self.kept else 0
-
-    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
-        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
 class LoopedGPT(nn.Module):
@@ -1227,41 +888,6 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
 # shared weight is quantized once per step, when the latents are published, and gradients pass straight through.
 
 
-class Latents:
-    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
-
-    def __init__(self, model: LoopedGPT, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
-        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen or ("-",))}
-        self.working, self.grids = named, grids or dict.fromkeys(named)
-        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
-        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
-        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
-        for weight, view in zip(self.weights.values(), views):
-            weight.grad = view.view_as(weight)
-
-    def collect(self) -> None:
-        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
-        for name, p in self.working.items():
-            if p.grad is not None:
-                self.weights[name].grad.add_(p.grad)
-                p.grad = None
-
-    def reduce(self, ctx: RunContext, share: float, clip: float) -> None:
-        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
-        which is not finite then either, stops the run with weights that are still good."""
-        grad = ctx.sum(self.flat_grad).mul_(share)
-        norm = grad.norm()
-        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
-        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
-
-    @torch.no_grad()
-    def publish(self, weights: dict[str, Tensor] | None = None, quantized: bool = True) -> None:
-        """Writes the latents, or the weights given, to the working weights, on the grid where there is one."""
-        for name, weight in (weights or self.weights).items():
-            grid = self.grids[name] if quantized else None
-            self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape, either way up, form a batch, and ranks share the batch."""
 
@@ -1383,84 +1009,18 @@ class WeightAverage:
 # ----------------------------------------------------------------------------------------------------------------------
 # The file that is scored. Nothing in it is executed, and nothing in it is believed before it was checked.
 
-MAGIC, VERSION = b"LOOPGOLF", 1
-MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
-CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
-
-
-class ArtifactError(Stop):
-    """An artifact that cannot be used."""
-
-    exit_code = 4
-
-
-def require(is_good: bool, otherwise: str) -> None:
-    if not is_good:
-        raise ArtifactError(otherwise)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
-    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
-
-    stored: dict
-    tokenizer: dict
-    layout: list[dict]
-    streams: list[dict]
-    raw: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    size: int
-    sha256: str
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or none: written beside, flushed to disk, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
 
 def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
     """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
     stored = {}
-    for name, weight in weights.items():
-        if not (grid := grids[name]):
+    for name, grid in grids.items():
+        weight, hessian = weights[name], hessians.get(name)
+        if not grid:
             stored[name] = weight.half()
             continue
-        known = name in hessians
-        codes_and_step = round_with_feedback(weight, hessians[name], grid) if known else quantize_tensor(weight, grid)
-        stored[name], stored[f"{name}.step"] = codes_and_step
+        rounded = quantize_tensor(weight, grid) if hessian is None else round_with_feedback(weight, hessian, grid)
+        stored[name], stored[f"{name}.step"] = rounded
     return stored
-
-
-def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
-    """The codec that makes a stream smallest, and its bytes. zstd-22 takes long and mostly loses on codes, so there it
-    is only tried when a quick level comes near."""
-    choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(raw, 3)) < 1.1 * len(choices["rans"]):
-        choices["zstd"] = zstandard.compress(raw, 22)
-    codec = min(choices, key=lambda name: len(choices[name]))
-    return codec, choices[codec]
-
-
-def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
-    """The same tensors always give the same bytes: no time, host or user in it."""
-    layout = build_layout(config, bits)
-    by_stream = [[stored[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
-    raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
-    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
-    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
-    content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
-    header = json.dumps(content, separators=(",", ":")).encode()
-    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
-    return body + hashlib.sha256(body).digest()
 
 
 def fit_artifact(
@@ -1481,7 +1041,8 @@ def fit_artifact(
         grids = build_grids(config, model, k_scale)
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
         stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
-        content = pack_artifact(config, stored, {name: grid.bits for name, grid in grids.items() if grid}, tokenizer)
+        bits = {name: grid.bits for name, grid in grids.items() if grid}
+        content = pack_artifact(config.stored(), stored, bits, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, extra + len(content) - size_at(k_scale)
@@ -1490,99 +1051,33 @@ def fit_artifact(
 
 def config_from_stored(stored: dict) -> Config:
     """The config of a stored artifact."""
-    require(holds_fields(stored, Stored), "its config does not hold the fields of this version, each of its type")
+    if not holds_fields(stored, Stored):
+        raise ArtifactError("its config does not hold the fields of this version, each of its type")
     try:
         return Config(**stored, batch_tokens=stored["seq_len"])
     except ConfigError as error:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
-def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
-    """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
+def stored_shapes(stored: dict) -> Shapes:
+    """The tensors that an artifact holds which stores this config."""
     with torch.device("meta"):
-        model = LoopedGPT(config)
-    shapes, layout, ends = {}, [], [0, 0]
+        model = LoopedGPT(config_from_stored(stored))
+    shapes = {}
     for name, p in model.named_parameters():
         shapes[name] = p.shape
         if model.kind(name) != "vector":
             shapes[f"{name}.step"] = p.shape[:1]
-    for name, shape in shapes.items():
-        has_step = f"{name}.step" in shapes
-        width, scheme, stream = (bits.get(name, 0), "int", CODES) if has_step else (16, "fp16", PLAIN)
-        entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
-        layout.append(entry | dict(bytes=shape.numel() * (1 if has_step else 2)))
-        ends[stream] += layout[-1]["bytes"]
-    return layout
-
-
-def unpack_artifact(content: bytes) -> Artifact:
-    """Checks everything before it allocates anything that the file asks for."""
-    require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
-    version, header_bytes = struct.unpack("<II", content[8:16])
-    require(version == VERSION, f"it has version {version}, this script reads {VERSION}")
-    at, end, digest = 16 + header_bytes, len(content) - 32, hashlib.sha256(content[:-32]).digest()
-    require(at <= min(16 + MAX_HEADER_BYTES, end), f"its header claims {header_bytes} bytes, more than it can hold")
-    require(digest == content[-32:], "its digest does not match: truncated or changed")
-    try:
-        header = json.loads(content[16:at].decode("utf-8"))
-        stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
-        bits = {entry["name"]: entry["bits"] for entry in tensors}
-        codecs, packed_sizes, raw_sizes = zip(*((s["codec"], s["bytes"], s["raw_bytes"]) for s in streams))
-        well_typed = all(type(n) is int and n >= 0 for n in (*bits.values(), *packed_sizes))
-        require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
-    layout = build_layout(config_from_stored(stored), bits)
-    needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
-    is_ours = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
-    is_sized = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES and at + sum(packed_sizes) == end
-    require(is_ours and is_sized, "its tables of tensors and streams do not fit its config and its size")
-    shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
-    for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
-        raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
-        at += n_bytes
-    raw = {e["name"]: read_tensor(raws[e["stream"]], e) for e in layout}
-    steps = {name: raw.get(f"{name}.step") for name in raw if not name.endswith(".step")}
-    weights = {n: raw[n] if step is None else dequantize_tensor(raw[n], step) for n, step in steps.items()}
-    return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
-
-
-def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int, int]]) -> bytes:
-    try:
-        if codec == "rans" and shapes:
-            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
-        is_sized = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
-        reader = zstandard.ZstdDecompressor()
-        raw = reader.decompress(packed, max_output_size=raw_bytes) if is_sized and raw_bytes else b""
-    except (ValueError, zstandard.ZstdError) as error:
-        raise ArtifactError(f"a stream does not decode: {error}") from None
-    require(is_sized and len(raw) == raw_bytes, "a stream has an unknown codec or not the size that it promises")
-    return raw
-
-
-def read_tensor(raw: bytes, entry: dict) -> Tensor:
-    """One tensor out of its stream."""
-    is_code, piece = entry["scheme"] == "int", bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
-    dtype = torch.int8 if is_code else torch.float16
-    values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-    is_good = values.short().abs() <= Grid(entry["bits"], 1.0).largest if is_code else values.isfinite()
-    require(is_good.all().item(), f"tensor {entry['name']} holds codes beyond its bits or values that are not finite")
-    return values.view(entry["shape"])
+    return shapes
 
 
 def load_artifact(path: str | Path) -> Artifact:
     try:
-        return unpack_artifact(Path(path).read_bytes())
+        return unpack_artifact(Path(path).read_bytes(), stored_shapes)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from None
-
-
-@torch.no_grad()
-def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
-    for name, p in model.named_parameters():
-        p.copy_(weights[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1592,274 +1087,21 @@ def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
 # once they are scored. One loop drives every scorer, and BpbMeter alone counts nats, tokens and bytes.
 
 
-@dataclass(frozen=True)
-class Window:
-    """Targets tokens[first:stop] are scored from inputs that begin at tokens[start]."""
-
-    start: int
-    first: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Score:
-    nats: float
-    tokens: int
-    bytes: int
-
-    @property
-    def loss(self) -> float:
-        return self.nats / max(self.tokens, 1)
-
-    @property
-    def bpb(self) -> float:
-        return self.nats / math.log(2) / max(self.bytes, 1)
-
-
-class BpbMeter:
-    """Sums of this rank; total() adds the ranks up."""
-
-    def __init__(self, counter: ByteCounter):
-        self.counter, self.sums = counter, torch.zeros(3, dtype=torch.float64)
-
-    def add(self, tokens: Tensor, positions: Tensor, log_probs: Tensor) -> None:
-        """log_probs (n, V): what was predicted for tokens[positions]."""
-        targets, previous = tokens[positions], tokens[positions - 1]
-        nats = -log_probs.gather(1, targets.to(log_probs.device)[:, None]).double().sum().item()  # sync
-        n_bytes = self.counter.count(previous.numpy(), targets.numpy())
-        self.sums += torch.tensor([nats, len(targets), n_bytes], dtype=torch.float64)
-
-    def total(self, ctx: RunContext) -> Score:
-        nats, tokens, n_bytes = ctx.sum(self.sums.to(ctx.device)).tolist()
-        return Score(nats, round(tokens), round(n_bytes))
-
-
-class WindowScorer:
-    """Windows of `length` inputs that score their last `stride` targets, the first window all of its own. `plain`: the
-    windows do not overlap. `sliding`: short strides, so that every target sees a long context, many times the work.
-    `banded`: windows several times as long, in which a position attends to the last `band` ones only; they stream
-    through a cache, and every target sees a long context at about the price of plain.
-
-    A pass over the tokens consists of tracks that do not know of each other, a track of chunks: the windows of a chunk
-    are scored, then the scorer may observe them and adapt before the next chunk. Ranks share the windows of a chunk,
-    or, with is_per_document, the tracks."""
-
-    is_per_document = False
-    stretch = 5  # length of a banded window over seq_len: all but `band` of it is scored
-
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, layout: str):
-        self.model, self.config, self.ctx = model.eval(), config, ctx
-        L = config.seq_len
-        self.band = (config.band or L) if layout == "banded" else L
-        self.length, self.stride = (self.stretch * L,) * 2 if layout == "banded" else (L, L)
-        self.stride = {"plain": L, "sliding": config.stride, "banded": self.length - self.band}[layout]
-        self.lora: dict[str, dict] = {}
-        self.updates = self.skipped = 0  # adaptation: updates made, and updates that the time did not allow
-        self.update_s = 0.0  # seconds of the slowest update
-
-    def windows(self, n_tokens: int) -> list[Window]:
-        firsts = [1, *range(1 + self.length, n_tokens, self.stride)] if n_tokens > 1 else []
-        stops = [*firsts[1:], n_tokens]
-        return [Window(max(0, a - 1 - self.length + self.stride), a, b) for a, b in zip(firsts, stops)]
-
-    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
-        return [[self.windows(len(tokens))]]
-
-    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
-        score_batch of them, are padded to one shape if that saves compilation: what stands behind a token, or in
-        another row, cannot change its states."""
-        L, rows = self.config.seq_len, self.config.score_batch if self.model.is_compiled else len(windows)
-        inputs = torch.full((rows, self.length), self.config.bos_id)
-        for row, w in zip(inputs, windows):
-            row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
-        inputs = inputs.to(self.ctx.device)
-        lora = {b: {n: (a[:rows], z[:rows]) for n, (a, z) in layers.items()} for b, layers in self.lora.items()}
-        cache = Cache(self.band) if self.length > L or self.band < L else None
-        for at in range(0, max(w.stop - 1 - w.start for w in windows), L):
-            states = self.model(inputs[:, at : at + L], cache=cache, lora=lora)
-            begins = [w.start + at for w in windows]
-            spans = [range(max(w.first - 1, b), min(w.stop - 1, b + L)) for w, b in zip(windows, begins)]
-            if any(spans):
-                scored = [x[s.start - b :][: len(s)] for x, s, b in zip(states, spans, begins)]
-                yield torch.tensor([i + 1 for s in spans for i in s]), torch.cat(scored)
-
-    @torch.no_grad()
-    def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
-        for positions, states in self.scored_states(tokens, windows):
-            yield positions, self.model.logits(states).log_softmax(-1)
-
-    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
-        """Adapts to a chunk, now that all of it is scored, but not beyond the time `until`. `done`: share of the
-        track that is scored."""
-
-    def reset(self) -> None:
-        """Forgets what was observed: the model is as it was."""
-
-    def warm_up(self) -> None:
-        """Compiles on made-up tokens what a pass needs, and leaves no trace."""
-        generator = torch.Generator().manual_seed(0)
-        count = 1 + max(self.length, self.config.ttt_batch * self.config.seq_len)
-        tokens = torch.randint(self.config.vocab_size, (count,), generator=generator)
-        tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
-        chunk = self.tracks(tokens)[0][0][: self.config.score_batch]
-        for _ in self.log_probs(tokens, chunk):
-            pass
-        self.observe(tokens, chunk, 0.0, math.inf)
-        self.reset()
-        self.updates, self.update_s = 0, 0.0
-
-    def is_late(self, until: float) -> bool:
-        late = torch.tensor(float(time.perf_counter() + 1.5 * self.update_s > until), device=self.ctx.device)
-        is_late = bool((late if self.is_per_document else self.ctx.sum(late)).item())  # sync
-        self.updates, self.skipped = self.updates + (not is_late), self.skipped + is_late
-        return is_late
-
-
-class SgdScorer(WindowScorer):
-    """After each chunk a few epochs of SGD on it. Every rank takes part in every update."""
-
-    stretch = 2  # shorter windows, so that a chunk has some for every rank
-
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
-        super().__init__(model, config, ctx, "banded")
-        self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
-        self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
-        for name, p in model.named_parameters():
-            p.requires_grad_(not name.startswith(self.frozen))
-        self.reset()
-
-    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
-        chunks: dict[int, list[Window]] = {}
-        for window in self.windows(len(tokens)):
-            chunks.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
-        return [list(chunks.values())]
-
-    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
-        config, ctx = self.config, self.ctx
-        seen = tokens[chunk[0].first - 1 : chunk[-1].stop]
-        rows, L = (len(seen) - 1) // config.seq_len, config.seq_len
-        inputs, targets = (seen[i : i + rows * L].view(rows, L).to(ctx.device) for i in (0, 1))
-        self.sgd.param_groups[0]["lr"] = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * done))
-        for at in [*range(0, rows, config.ttt_batch)] * config.ttt_epochs:
-            if self.is_late(until):
-                continue
-            started = time.perf_counter()
-            batch = slice(at, min(at + config.ttt_batch, rows))
-            mine = slice(at + ctx.rank, batch.stop, ctx.world)
-            if len(inputs[mine]):
-                (self.model.loss(inputs[mine], targets[mine]) * len(inputs[mine])).backward()
-                self.latents.collect()
-            self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
-            self.sgd.step()
-            self.latents.flat_grad.zero_()
-            self.latents.publish()
-            self.update_s = max(self.update_s, time.perf_counter() - started)
-
-    def reset(self) -> None:
-        load_weights(self.model, self.base)
-        self.latents = Latents(self.model, frozen=self.frozen)
-        self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=self.config.ttt_momentum)
-
-
-class LoraScorer(WindowScorer):
-    """Every document starts with fresh low-rank adapters on the linear layers of each block, and sees nothing of other
-    documents; after each chunk of it they take one step of Adam. Documents of similar length form a batch, in which
-    every row has adapters of its own. A mixture of experts stays as it is."""
-
-    is_per_document = True
-
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
-        super().__init__(model.requires_grad_(False), config, ctx, "plain")
-        self.band, self.stride = config.band or config.seq_len, min(config.lora_chunk, config.seq_len)
-        self.reset()
-
-    def tracks(self, tokens: Tensor) -> list[list[list[Window]]]:
-        starts = sorted({0, *(tokens[:-1] == self.config.bos_id).nonzero().flatten().tolist()})
-        documents = []
-        for start, stop in zip(starts, [*(start + 1 for start in starts[1:]), len(tokens)]):
-            firsts = range(start + 1, stop, self.stride)
-            lead = self.length - self.stride
-            documents.append([Window(max(start, a - 1 - lead), a, min(a + self.stride, stop)) for a in firsts])
-        documents.sort(key=len, reverse=True)
-        size = self.config.score_batch
-        batches = [documents[i : i + size] for i in range(0, len(documents), size)]
-        # the longest first, so row i of every chunk belongs to the same document
-        return [[[d[i] for d in batch if i < len(d)] for i in range(len(batch[0]))] for batch in batches]
-
-    def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
-        if self.is_late(until):
-            return
-        started = time.perf_counter()
-        positions, states = next(self.scored_states(tokens, chunk))
-        targets = tokens[positions].to(self.ctx.device)
-        # a sum over documents: the gradient of one does not depend on its neighbours
-        loss = F.cross_entropy(self.model.logits(states), targets, reduction="sum") / self.stride
-        loss.backward()
-        self.adam.step()
-        self.adam.zero_grad()
-        self.update_s = max(self.update_s, time.perf_counter() - started)
-
-    def reset(self) -> None:
-        rows, rank = self.config.score_batch, self.config.lora_rank
-        generator = torch.Generator().manual_seed(0)
-        for name, block in self.model.blocks.items():
-            self.lora[name] = {}
-            for layer in ("qkv", "out", "up", "down"):
-                fan_out, fan_in = getattr(block, layer).weight.shape
-                down = torch.randn(fan_in, rank, generator=generator).repeat(rows, 1, 1) / fan_in**0.5
-                up = torch.zeros(rows, rank, fan_out)
-                self.lora[name][layer] = tuple(t.to(self.ctx.device).requires_grad_() for t in (down, up))
-        weights = [t for layers in self.lora.values() for pair in layers.values() for t in pair]
-        self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
-
-
 def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
     """A model to score with. A CPU takes longer to compile the shapes of scoring than to score without."""
     return build_model(config, replace(ctx, compile="none") if ctx.device.type == "cpu" else ctx)
 
 
-def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
-    adaptive = {"sgd": SgdScorer, "lora": LoraScorer}
-    return adaptive[mode](model, config, ctx) if mode in adaptive else WindowScorer(model, config, ctx, mode)
-
-
-def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", deadline: float = math.inf) -> None:
-    """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it. Adaptation stops when
-    the rest, scored without it, would just be done by the deadline."""
-    ctx, size = scorer.ctx, scorer.config.score_batch
-    tracks = scorer.tracks(tokens)
-    if scorer.is_per_document:
-        tracks = tracks[ctx.rank :: ctx.world]
-    share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
-    left = sum(len(chunk[share]) for track in tracks for chunk in track)  # windows
-    done, spent = 0, 0.0
-    with progress_bar(left, "window", f"scoring {name}", ctx.log) as bar:
-        for track in tracks:
-            for index, chunk in enumerate(track):
-                mine = chunk[share]
-                for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
-                    started = time.perf_counter()
-                    for positions, log_probs in scorer.log_probs(tokens, batch):
-                        meter.add(tokens, positions, log_probs)
-                    done, left, spent = done + len(batch), left - len(batch), spent + time.perf_counter() - started
-                    bar.update(len(batch))
-                if index + 1 < len(track):
-                    scorer.observe(tokens, chunk, index / len(track), deadline - 1.2 * left * spent / max(done, 1))
-            scorer.reset()
-
-
 @dataclass(frozen=True)
 class Validation:
-    """The tokens that are scored and how their bytes are counted."""
+    """The tokens that are scored, how their bytes are counted, and what tells their tokenizer apart."""
 
     tokens: Tensor
     counter: ByteCounter
+    tokenizer: dict
 
 
-def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
-    """The validation tokens, and the tokenizer's identity for the artifact."""
+def load_validation(config: Config, ctx: RunContext) -> Validation:
     tokenizer, digest = load_tokenizer(config)
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     count = min(config.score_tokens or stream.total, stream.total)
@@ -1868,8 +1110,8 @@ def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
     tokens = stream.read(0, count)
     sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
     ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
-    counter = ByteCounter(tokenizer)
-    return Validation(torch.from_numpy(tokens), counter), dict(sha256=digest, vocab=config.vocab_size)
+    identity = dict(sha256=digest, vocab=config.vocab_size)
+    return Validation(torch.from_numpy(tokens), ByteCounter(tokenizer), identity)
 
 
 def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
@@ -1890,18 +1132,6 @@ def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: 
 # 10. Training
 # ----------------------------------------------------------------------------------------------------------------------
 # The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
-
-
-class NonFiniteLoss(Stop):
-    """Stops a run on all ranks, after a checkpoint is saved."""
-
-    exit_code = 1
-
-
-class Interrupted(Stop):
-    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
-
-    exit_code = 1
 
 
 @dataclass
@@ -1942,7 +1172,7 @@ def train_step(
         optim.latents.collect()
         total += loss.detach()
     n_micro = len(inputs) // size
-    optim.latents.reduce(ctx, 1 / (n_micro * ctx.world), config.grad_clip)
+    optim.latents.reduce(ctx.sum, 1 / (n_micro * ctx.world), config.grad_clip)
     optim.step(settings)
     return total / n_micro
 
@@ -2014,25 +1244,6 @@ def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx
     return at
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C ask the run to stop after the step at hand; a second one acts as ever."""
-
-    def __init__(self):
-        self.seen = False
-
-    def __enter__(self) -> StopSignals:
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame) -> None:
-        self.seen = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def collect_hessians(
     config: Config,
     ctx: RunContext,
@@ -2045,7 +1256,7 @@ def collect_hessians(
     if not config.calibration_tokens:
         return {}
     model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
-    load_weights(model, weights)
+    model.load_state_dict(weights)
     sums = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -2086,7 +1297,7 @@ def train(
             average.update(latents.weights, at.step, progress)
             loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
             at = Progress(at.step + 1, now, now - at.used_s)
-            budget.add_step(at.step_s)
+            budget.recent.append(at.step_s)
             if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
                 ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
                         step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
@@ -2135,8 +1346,13 @@ def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
 def counted_files(moe_experts: int = 0) -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
-    names = "train_gpt data/shards kernels/attention kernels/head kernels/newton_schulz kernels/quantize kernels/rans"
-    paths = [Path(__file__).parent / f"{name}.py" for name in [*names.split(), *["kernels/moe"] * (moe_experts > 0)]]
+    rooms = {
+        "": "train_gpt",
+        "contracts": "artifact context errors options plan scoring",
+        "data": "shards",
+        "kernels": "attention head newton_schulz quantize rans" + " moe" * (moe_experts > 0),
+    }
+    paths = [Path(__file__).parent / room / f"{name}.py" for room, names in rooms.items() for name in names.split()]
     return [path for path in paths if path.is_file()]
 
 
@@ -2164,7 +1380,7 @@ def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) 
     # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
     core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
     rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
-    core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
+    core_bits = Grid(config.core_bits, config.core_k * k_scale).gaussian_bits()
     ctx.log("model", params=params, **counts, passes=plan.count_passes(config.depth), blocks=len(model.blocks),
             **(dict(mean_r=mean_r) if plan.is_variable else {}))  # fmt: skip
     ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
@@ -2206,13 +1422,11 @@ def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, 
         dist.barrier()
 
 
-def score_artifact(
-    artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, tokenizer: dict
-) -> dict:
+def score_artifact(artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation) -> dict:
     """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
-    if artifact.tokenizer != tokenizer:
+    if artifact.tokenizer != val.tokenizer:
         raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
-    load_weights(model, artifact.tensors)
+    model.load_state_dict(artifact.tensors)
     started = time.perf_counter()
     final = evaluate(config.score_mode, model, config, ctx, val)
     found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
@@ -2245,8 +1459,7 @@ def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     model = build_judge(config, ctx)
     if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in artifact.tensors.items()}:
         raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
-    val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(artifact, model, config, ctx, val, tokenizer), ctx)
+    log_result(score_artifact(artifact, model, config, ctx, load_validation(config, ctx)), ctx)
 
 
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
@@ -2258,7 +1471,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     folder = Path(config.resume or f"runs/{config.run_id}")
     if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
-    val, tokenizer = load_validation(config, ctx)
+    val = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = build_model(config, ctx)
     k_scale = plan_k_scale(config, model)
@@ -2278,19 +1491,14 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     path, judge = folder / "artifact.lg", build_judge(config, ctx)
     for name, weights in (("trained", dict(model.named_parameters())), ("averaged", trained.averaged)):
         if name in config.also.split(","):
-            load_weights(judge, weights)
+            judge.load_state_dict(weights)
             found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
-    export(config, ctx, model, trained, tokenizer, path)
-    found |= score_artifact(load_artifact(path), judge, config, ctx, val, tokenizer)
+    export(config, ctx, model, trained, val.tokenizer, path)
+    found |= score_artifact(load_artifact(path), judge, config, ctx, val)
     result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
     if ctx.rank == 0:
         report = dict(result=result, config=asdict(config), source=source)
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
-
-
-def exit_code(error: Exception) -> int:
-    """1 crash, full disk, interruption or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
-    return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
 
 
 def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
@@ -2313,7 +1521,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
     except (Stop, DataError, OSError) as error:
         if environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_code(error)
+        return getattr(error, "exit_code", 1)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
         return 2

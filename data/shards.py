@@ -24,6 +24,8 @@ REPLACE = "delete it and build or download it again"
 class DataError(ValueError):
     """Data that cannot be used: one line with the file, what is wrong with it and how to mend it."""
 
+    exit_code = 2
+
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
     """The shards of one split of a dataset folder, in the order of their names."""

@@ -4,15 +4,17 @@
     codes, step = round_with_feedback(weight, hessian, grid)  GPTQ: the same grid, other points of it
     weight = dequantize_tensor(codes, step)
     round_to_grid(weight, out, grid)                          there and back, written to `out`
+    latents = Latents(model, grids); latents.publish()        what learns, in float32; its rounding to the model
 
 The step of a row's grid is k standard deviations over the largest code, without a floor. For round_to_grid, of all
 weights in every step, one kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import triton
@@ -30,6 +32,11 @@ class Grid:
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def gaussian_bits(self) -> float:
+        """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
+        edges = (torch.arange(-self.largest, self.largest, dtype=torch.float64) + 0.5) * (self.k / self.largest)
+        return compute_bits(torch.special.ndtr(edges).diff(prepend=torch.zeros(1), append=torch.ones(1)))
+
 
 def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
@@ -40,6 +47,17 @@ def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
+
+
+def compute_entropy(codes: Tensor) -> float:
+    """Bits per code of an order-0 coder for these int8 codes."""
+    return compute_bits(torch.bincount(codes.flatten().long() + 128, minlength=256).double())
+
+
+def compute_bits(weights: Tensor) -> float:
+    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
+    shares = weights[weights > 0] / weights.sum()
+    return -(shares * shares.log2()).sum().item()
 
 
 def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -74,6 +92,43 @@ def round_to_grid_ref(weight: Tensor, out: Tensor, grid: Grid) -> None:
 
 def round_to_grid(weight: Tensor, out: Tensor, grid: Grid) -> None:
     (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, grid)
+
+
+class Latents:
+    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
+
+    def __init__(self, model: nn.Module, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
+        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen)}
+        self.working, self.grids = named, grids or dict.fromkeys(named)
+        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
+        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
+        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
+        for weight, view in zip(self.weights.values(), views):
+            weight.grad = view.view_as(weight)
+
+    def collect(self) -> None:
+        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
+        for name, p in self.working.items():
+            if p.grad is not None:
+                self.weights[name].grad.add_(p.grad)
+                p.grad = None
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], share: float, clip: float) -> None:
+        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
+        which is not finite then either, stops the run with weights that are still good."""
+        grad = sum_over_ranks(self.flat_grad).mul_(share)
+        norm = grad.norm()
+        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
+        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Writes the latents to the working weights, on the grid where there is one."""
+        for name, weight in self.weights.items():
+            if grid := self.grids[name]:
+                round_to_grid_ref(weight, self.working[name], grid)
+            else:
+                self.working[name].copy_(weight)
 
 
 if triton:

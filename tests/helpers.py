@@ -11,6 +11,9 @@ from urllib.parse import unquote
 import torch
 
 import train_gpt
+from contracts.artifact import pack_artifact
+from contracts.context import Log, RunContext
+from kernels.quantize import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -30,8 +33,8 @@ def tiny_config(**changes) -> train_gpt.Config:
     return train_gpt.Config(**(TINY | changes))
 
 
-def tiny_context(rank: int = 0, world: int = 1) -> train_gpt.RunContext:
-    return train_gpt.RunContext(rank, world, torch.device("cpu"), torch.float32, "none", train_gpt.Log(quiet=True))
+def tiny_context(rank: int = 0, world: int = 1) -> RunContext:
+    return RunContext(rank, world, torch.device("cpu"), torch.float32, "none", Log(quiet=True))
 
 
 def tiny_model(config: train_gpt.Config, seed: int = 1) -> train_gpt.LoopedGPT:
@@ -44,14 +47,14 @@ def tiny_model(config: train_gpt.Config, seed: int = 1) -> train_gpt.LoopedGPT:
     return model
 
 
-def plan_grids(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str, train_gpt.Grid | None]:
+def plan_grids(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str, Grid | None]:
     return train_gpt.build_grids(config, model, train_gpt.plan_k_scale(config, model))
 
 
 def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer: dict) -> bytes:
     """An artifact of these weights, plainly rounded."""
     bits = {name: grid.bits for name, grid in grids.items() if grid}
-    return train_gpt.pack_artifact(config, train_gpt.quantize_weights(weights, grids, {}), bits, tokenizer)
+    return pack_artifact(config.stored(), train_gpt.quantize_weights(weights, grids, {}), bits, tokenizer)
 
 
 def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:

@@ -18,17 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import (
-    ArtifactError,
-    LoopedGPT,
-    decompress,
-    dequantize_tensor,
-    load_artifact,
-    load_weights,
-    quantize_tensor,
-    unpack_artifact,
-    write_atomic,
-)
+from contracts.artifact import decompress, unpack_artifact, write_atomic
+from contracts.errors import ArtifactError
+from kernels.quantize import dequantize_tensor, quantize_tensor
+from train_gpt import LoopedGPT, load_artifact, stored_shapes
 
 TOKENIZER = dict(sha256="0" * 64, vocab=384)
 CONFIG = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, plan="a(^b)*2")
@@ -82,13 +75,13 @@ def repack(content: bytes, index: int, change) -> bytes:
 
 def refuse(content: bytes) -> str:
     with pytest.raises(ArtifactError) as error:
-        unpack_artifact(content)
+        unpack_artifact(content, stored_shapes)
     assert str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1500
     return str(error.value)
 
 
 def test_tensors_come_back_exactly(model, content):
-    artifact, found = unpack_artifact(content), plan_grids(CONFIG, model)
+    artifact, found = unpack_artifact(content, stored_shapes), plan_grids(CONFIG, model)
     assert artifact.stored == CONFIG.stored() and artifact.tokenizer == TOKENIZER
     assert artifact.size == len(content) and artifact.sha256 == hashlib.sha256(content).hexdigest()
     assert list(artifact.tensors) == [n for n, _ in model.named_parameters()]
@@ -96,7 +89,7 @@ def test_tensors_come_back_exactly(model, content):
         grid = found[name]
         expected = p.half() if grid is None else dequantize_tensor(*quantize_tensor(p, grid))
         assert torch.equal(artifact.tensors[name], expected), name
-    load_weights(LoopedGPT(train_gpt.config_from_stored(artifact.stored)), artifact.tensors)
+    LoopedGPT(train_gpt.config_from_stored(artifact.stored)).load_state_dict(artifact.tensors)
 
 
 def test_the_same_weights_give_the_same_bytes(model, content):
@@ -296,7 +289,7 @@ def test_random_changes_to_the_header_never_crash(content, data):
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     at[key] = data.draw(leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2))
     try:
-        unpack_artifact(seal(header, split(content)[1]))
+        unpack_artifact(seal(header, split(content)[1]), stored_shapes)
     except ArtifactError:
         pass
 

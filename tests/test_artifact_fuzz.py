@@ -15,7 +15,9 @@ import pytest
 from helpers import pack_weights, plan_grids, tiny_config, tiny_model
 from test_artifact import TOKENIZER, seal, split
 
-from train_gpt import ArtifactError, unpack_artifact
+from contracts.artifact import unpack_artifact
+from contracts.errors import ArtifactError
+from train_gpt import stored_shapes
 
 MUTATIONS = int(os.environ.get("LOOPGOLF_FUZZ", "2000"))
 ODD_VALUES = (
@@ -102,7 +104,7 @@ def test_damage_is_an_error_or_loads_within_bounds(contents):
         else:
             damaged = seal(*damage_streams(header, streams, draw))
         try:
-            artifact = unpack_artifact(damaged)
+            artifact = unpack_artifact(damaged, stored_shapes)
         except ArtifactError as error:
             assert "\n" not in str(error)
             counts["refused, sealed" if number % 2 == 0 else "refused"] += 1

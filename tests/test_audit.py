@@ -15,8 +15,11 @@ from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_mo
 
 import kernels.moe
 import train_gpt
+from contracts.scoring import ByteCounter, LoraScorer, SgdScorer, Window, WindowScorer, build_scorer
+from data.shards import TokenStream
+from kernels.attention import attend
 from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
-from train_gpt import ByteCounter, LoopedGPT, LoraScorer, SgdScorer, TokenStream, WindowScorer, build_scorer
+from train_gpt import LoopedGPT
 
 PROBES = 6
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, ttt_clip=5.0, lora_chunk=16, lora_lr=0.3, score_batch=2)
@@ -116,8 +119,6 @@ def test_a_look_at_the_next_token_is_caught(mode, judge):
 
 
 def test_a_mask_that_is_off_by_one_is_caught(judge, monkeypatch):
-    attend = train_gpt.attend
-
     def leak(q, k, v, window, docs):
         """The keys and values of the next position in the place of a position's own."""
         return attend(q, *(torch.cat((t[:, 1:], t[:, -1:]), 1) for t in (k, v)), window, docs)
@@ -251,7 +252,7 @@ class TrainsFirstInSecret(SgdScorer):
         if windows[-1].stop - windows[0].first >= self.config.seq_len:
             self.observe(tokens, windows, 0.0, math.inf)
         found = list(super().log_probs(tokens, windows))
-        train_gpt.load_weights(self.model, before)
+        self.model.load_state_dict(before)
         return iter(found)
 
 
@@ -269,7 +270,7 @@ class TrainsOnAll(SgdScorer):
     def tracks(self, tokens):
         tracks = super().tracks(tokens)
         if len(tokens) > self.config.seq_len:
-            self.observe(tokens, [train_gpt.Window(0, 1, len(tokens))], 0.0, math.inf)
+            self.observe(tokens, [Window(0, 1, len(tokens))], 0.0, math.inf)
         return tracks
 
 
@@ -378,7 +379,7 @@ def test_every_token_is_replaced():
 
 
 def test_edges_surround_the_ends_of_windows():
-    assert find_edges([[[train_gpt.Window(0, 1, 5)], [train_gpt.Window(8, 20, 30)]]], 16, 31) == [
+    assert find_edges([[[Window(0, 1, 5)], [Window(8, 20, 30)]]], 16, 31) == [
         1, 2, 4, 5, 6, 7, 8, 9, 19, 20, 21, 23, 24, 25, 29, 30,
     ]  # fmt: skip
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from contracts.scoring import BpbMeter, ByteCounter, build_scorer
 from data.tokenizer import LETTERS_OF_NOBODY, encode_document, train_tokenizer
 from tools import codec
 from tools.predict import Predictor, Speller, load_predictor
-from train_gpt import BpbMeter, ByteCounter, build_scorer
 
 MODES = ("plain", "sliding", "banded", "sgd", "lora")
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24)

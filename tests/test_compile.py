@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from train_gpt import LoopedGPT, find_compiler_fault
+from contracts.context import find_compiler_fault
+from train_gpt import LoopedGPT
 
 
 @pytest.fixture

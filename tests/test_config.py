@@ -9,7 +9,8 @@ import json
 import pytest
 from helpers import TINY, options, tiny_config
 
-from train_gpt import RECIPES, Config, ConfigError, Stored, help_text, parse_config
+from contracts.errors import ConfigError
+from train_gpt import RECIPES, Config, Stored, help_text, parse_config
 
 POCKET = ["--recipe", "pocket"]
 

@@ -8,6 +8,7 @@ import torch
 from helpers import ROOT, clean_environment, events, tiny_options, write_artifact
 
 import train_gpt
+from contracts.context import RunContext
 from tools import depth, sweep
 from tools.exits import EarlyExit
 
@@ -30,14 +31,14 @@ def report(artifact, dataset) -> depth.Report:
     return depth.study_depth(artifact, [3, 1, 6, 3], [0.0, 0.9, float("inf")], "plain", options)
 
 
-def load(artifact: Path, dataset: Path, score_depth: int) -> tuple[train_gpt.LoopedGPT, train_gpt.RunContext]:
+def load(artifact: Path, dataset: Path, score_depth: int) -> tuple[train_gpt.LoopedGPT, RunContext]:
     """The model as a run would score it."""
     found = train_gpt.load_artifact(artifact)
     config = train_gpt.Config(**found.stored | dict(score_depth=score_depth), batch_tokens=32, data_path=str(dataset),
                               score_tokens=TOKENS, compile="none")  # fmt: skip
     ctx = train_gpt.build_context(config, {})
     model = train_gpt.build_model(config, ctx)
-    train_gpt.load_weights(model, found.tensors)
+    model.load_state_dict(found.tensors)
     return model, ctx
 
 
@@ -51,7 +52,7 @@ def test_each_depth_is_scored_as_a_run_would_score_it(report, artifact, dataset)
     for point in fixed:
         model, ctx = load(artifact, dataset, 0 if point.r == 3 else point.r)  # 0: the depth of the plan
         config = model.config
-        found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx)[0])
+        found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx))
         assert (point.val_bpb, report.tokens, report.bytes) == (found.bpb, TOKENS - 1, found.bytes)
         assert point.mean_depth == point.r and point.seconds > 0
     assert len({point.val_bpb for point in fixed}) == 3
@@ -76,7 +77,7 @@ def test_exits_span_from_two_repetitions_to_all(report, artifact, dataset):
 def test_only_scored_positions_count(report, artifact, dataset):
     """The depths of a text are those of its tokens, one window after another, without what pads the last one."""
     model, ctx = load(artifact, dataset, 6)
-    tokens, total = train_gpt.load_validation(model.config, ctx)[0].tokens, 0
+    tokens, total = train_gpt.load_validation(model.config, ctx).tokens, 0
     for window in tokens[:-1].split(32):
         early = EarlyExit(0.9)
         with torch.no_grad():

@@ -19,10 +19,17 @@ from helpers import events, options, tiny_config, tiny_context, tiny_model
 from test_model import draw_tokens, norm, states_one_by_one
 
 import train_gpt
+from contracts.errors import ConfigError
+from contracts.plan import Group, parse_plan
+from contracts.scoring import BpbMeter
+from data.shards import TokenStream
+from kernels.attention import Cache
+from kernels.quantize import Latents
+from kernels.rans import decode_matrices
 from tools import audit, sample
 from tools.exits import EarlyExit
 from tools.predict import Predictor, load_predictor
-from train_gpt import RECIPES, Cache, Config, Lion, compute_flops, expect_depth, settings_at
+from train_gpt import RECIPES, Config, Lion, compute_flops, expect_depth, settings_at
 
 LOOP = dict(plan="ab(^cd)*re", skips="none", depth=2)
 COUNTS = {
@@ -57,8 +64,8 @@ RATES = {"recursive_d20": dict(table_lr=0.02), "looped_s20": dict(table_lr=0.02)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    decode = functools.cache(train_gpt.decode_matrices)  # few codes take long to decode: once is enough
-    monkeypatch.setattr(train_gpt, "decode_matrices", lambda data, shapes: decode(data, tuple(shapes)))
+    decode = functools.cache(decode_matrices)  # few codes take long to decode: once is enough
+    monkeypatch.setattr("contracts.artifact.decode_matrices", lambda data, shapes: decode(data, tuple(shapes)))
 
     def call(program, *given, **named) -> str:
         arguments = [[*map(str, given), *options(**named)]] + [{}] * (program is train_gpt)
@@ -104,9 +111,9 @@ def check_that_what_is_drawn_is_what_is_scored(predictor: Predictor, dataset) ->
     weights, as a few steps leave late repetitions next to nothing to do."""
     predictor, generator = replace(predictor, ctx=tiny_context()), seeded(0)
     noisy = {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in predictor.artifact.tensors.items()}
-    train_gpt.load_weights(predictor.model.to("cpu", torch.float32), noisy)
-    tokens = torch.from_numpy(train_gpt.TokenStream(str(dataset), "val", 384).read(0, predictor.config.seq_len + 1))
-    meter, cache = train_gpt.BpbMeter(predictor.counter), Cache(predictor.config.seq_len)
+    predictor.model.to("cpu", torch.float32).load_state_dict(noisy)
+    tokens = torch.from_numpy(TokenStream(str(dataset), "val", 384).read(0, predictor.config.seq_len + 1))
+    meter, cache = BpbMeter(predictor.counter), Cache(predictor.config.seq_len)
     predictor.score(tokens, meter)
     logits = torch.stack([sample.stream_logits(predictor, cache, token) for token in tokens[:-1, None]])
     drawn = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
@@ -114,9 +121,9 @@ def check_that_what_is_drawn_is_what_is_scored(predictor: Predictor, dataset) ->
 
 
 def check_telemetry(recipe: str, lines: list[dict]) -> None:
-    plan = train_gpt.parse_plan(RECIPES[recipe].get("plan", Config.plan))
+    plan = parse_plan(RECIPES[recipe].get("plan", Config.plan))
     sizes = [[float(size) for size in line["rms"].split(",")] for line in lines]
-    assert bool(sizes) == any(isinstance(item, train_gpt.Group) for item in plan.items)
+    assert bool(sizes) == any(isinstance(item, Group) for item in plan.items)
     assert all(0.001 < size < 1000 for row in sizes for size in row)
     if "adapter_rank" in RECIPES[recipe]:
         assert len(sizes[0]) == 6 and len(lines[-1]["adapter_cosines"].split(",")) == plan.count_passes(1) - 1
@@ -227,7 +234,7 @@ def test_ranks_and_resumed_runs_draw_the_same_depth():
     (dict(moe_experts=2, model_dim=36), "model_dim"), (dict(LOOP, depth=200, plan="(abc)*r"), "600"), (dict(LOOP, score_depth=200, plan="(abc)*r"), "600"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(changes, name):
-    with pytest.raises(train_gpt.ConfigError, match=name):
+    with pytest.raises(ConfigError, match=name):
         tiny_config(**changes)
 
 
@@ -311,7 +318,7 @@ def test_lion_takes_all_parameters_and_continues():
     def build():
         config = tiny_config(optimizer="lion", beta2=0.99)
         model = tiny_model(config)
-        latents = train_gpt.Latents(model)
+        latents = Latents(model)
         return latents, train_gpt.Optimizers(model, latents, config, tiny_context())
 
     def advance(latents, optim, seed):
@@ -421,7 +428,7 @@ def test_a_shared_slot_holds_the_last_repetition():
 def test_telemetry_measures_repetitions_before_the_norm(dataset, capsys):
     config = tiny_config(plan="(ab~~)*3", adapter_rank=2, data_path=str(dataset))
     model, ctx = tiny_model(config), train_gpt.build_context(config, {})
-    stream = train_gpt.TokenStream(str(dataset), "train", 384)
+    stream = TokenStream(str(dataset), "train", 384)
     train_gpt.log_telemetry(model, 7, stream, ctx)
     (line,) = events(capsys.readouterr().out, "telemetry")
     assert line["step"] == "7" and re.fullmatch(r"\d+\.\d{3}(,\d+\.\d{3}){2}", line["rms"])
@@ -454,7 +461,7 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     config = tiny_config(**LOOP | dict(sample_depth=True, max_r=8, bptt=2, loop_start=0.5, xsa_passes="none") | changes)
     plain, model = tiny_model(config), train_gpt.LoopedGPT(config, compile_mode="block")
     model.load_state_dict(plain.state_dict())
-    latents = train_gpt.Latents(model)
+    latents = Latents(model)
     optim, ctx = train_gpt.Optimizers(model, latents, config, tiny_context()), tiny_context()
     train_gpt.warm_up(model, optim, config, ctx)
     warm = graphs()

@@ -9,8 +9,8 @@ from helpers import tiny_config, tiny_context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import DataError, write_shard
-from train_gpt import TokenStream, load_batch
+from data.shards import DataError, TokenStream, write_shard
+from train_gpt import load_batch
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from train_gpt import RECIPES, Cache, Config, LoopedGPT, Reach, attend, softcap_logits
+from kernels.attention import Cache, attend
+from kernels.head import softcap_logits
+from train_gpt import RECIPES, Config, LoopedGPT, Reach
 
 
 def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:

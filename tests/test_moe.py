@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 import train_gpt
+from kernels.attention import Cache
 from kernels.moe import MoE, balance_losses, choose, dense_ref, dispatch
-from train_gpt import Cache, Grid, Linear, LoopedGPT, compute_flops, main, quantize_tensor, round_with_feedback
+from kernels.quantize import Grid, quantize_tensor, round_with_feedback
+from train_gpt import Linear, LoopedGPT, compute_flops, main
 
 SHAPES = [(1, 8, 8, 1, 1), (5, 8, 16, 4, 2), (33, 16, 8, 11, 2), (64, 24, 16, 5, 3), (17, 8, 8, 3, 3)]  # N D H E top
 

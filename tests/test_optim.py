@@ -13,9 +13,10 @@ from helpers import tiny_config, tiny_context, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_gpt
+from data.shards import TokenStream
 from kernels.newton_schulz import orthogonalize_ref as orthogonalize
-from train_gpt import Latents, Optimizers, Settings, WeightAverage, train_step, warm_up
+from kernels.quantize import Latents
+from train_gpt import Optimizers, Settings, WeightAverage, train_step, warm_up
 
 FULL = Settings(lr_scale=1.0, momentum=0.9, depth=1)
 
@@ -120,7 +121,7 @@ def test_gradients_are_scaled_and_clipped_as_one(clip):
     _, _, latents, _ = build()
     raw = torch.randn(latents.flat_grad.shape, generator=torch.Generator().manual_seed(0))
     latents.flat_grad.copy_(raw)
-    latents.reduce(tiny_context(), 0.25, clip)
+    latents.reduce(tiny_context().sum, 0.25, clip)
     expected = raw * 0.25
     if clip == 0.5:
         expected *= 0.5 / expected.norm()
@@ -134,7 +135,7 @@ def test_a_gradient_that_is_not_finite_leaves_finite_weights(bad):
     _, model, latents, optim = build()
     latents.flat_grad.fill_(1.0)
     latents.flat_grad[17] = bad
-    latents.reduce(tiny_context(), 1.0, 1.0)
+    latents.reduce(tiny_context().sum, 1.0, 1.0)
     assert not latents.flat_grad.any()
     optim.step(FULL)
     assert all(w.isfinite().all() for w in [*latents.weights.values(), *model.state_dict().values()])
@@ -234,5 +235,5 @@ def assert_same(one, other) -> None:
 
 def test_the_warm_up_does_not_read_data(monkeypatch):
     config, model, _, optim = build()
-    monkeypatch.setattr(train_gpt.TokenStream, "read", lambda *_: pytest.fail("the warm-up reads the data"))
+    monkeypatch.setattr(TokenStream, "read", lambda *_: pytest.fail("the warm-up reads the data"))
     warm_up(model, optim, config, tiny_context())

@@ -12,7 +12,8 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import ConfigError, parse_pass_set, parse_plan
+from contracts.errors import ConfigError
+from contracts.plan import parse_pass_set, parse_plan
 
 INNERMOST = re.compile(r"\((\^?)([a-zA-Z?!;]+)(~*)\)\*(\d+|r)")
 

@@ -10,6 +10,7 @@ import torch
 from helpers import events, train
 
 import train_gpt
+from data.shards import TokenStream
 from tools import plot
 
 
@@ -25,8 +26,8 @@ def test_what_is_drawn_is_what_was_run(folder, dataset):
     assert all(size > 0 for size in run.bytes_by_part.values()) and run.bytes_by_part["code"] == 1000
     artifact, states = train_gpt.load_artifact(folder / "artifact.lg"), []
     model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
-    train_gpt.load_weights(model, artifact.tensors)
-    tokens = torch.from_numpy(train_gpt.TokenStream(str(dataset), "val", 384).read(0, 4 * 32))
+    model.load_state_dict(artifact.tensors)
+    tokens = torch.from_numpy(TokenStream(str(dataset), "val", 384).read(0, 4 * 32))
     with torch.no_grad():
         model(tokens.view(4, 32), watch=lambda _, x: states.append(x.numpy()) or x)
     assert run.stream == pytest.approx([np.sqrt(np.mean(x**2)) for x in states], rel=1e-5) and len(states) == 4

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT, clean_environment
 
-import train_gpt
+from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted
 from data.shards import DataError
 from tools.audit import AuditError
 from tools.pack import PackError
@@ -30,8 +30,8 @@ def test_a_program_that_ends_gives_its_own_code(given, code, capsys):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(RunError, 2), (AuditError, 2), (PackError, 2), (InputError, 2), (DataError, 2), (train_gpt.ConfigError, 2),
-     (train_gpt.DoesNotFit, 3), (train_gpt.ArtifactError, 4), (train_gpt.Interrupted, 1), (OSError, 1)],
+    [(RunError, 2), (AuditError, 2), (PackError, 2), (InputError, 2), (DataError, 2), (ConfigError, 2),
+     (DoesNotFit, 3), (ArtifactError, 4), (Interrupted, 1), (OSError, 1)],
 )  # fmt: skip
 def test_an_error_is_one_line_and_its_code(error, code, capsys):
     assert run_program(fail_with(error("a.lg: no such\n  file;\tmake it"))) == code

@@ -4,7 +4,6 @@ from the byte limit, and weights that training computes with against those that 
 float32 on a CPU: pytest tests/test_quantization.py
 """
 
-import math
 
 import pytest
 import torch
@@ -12,23 +11,18 @@ from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_mo
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.artifact import unpack_artifact
+from contracts.errors import DoesNotFit
+from kernels.quantize import Grid, Latents, dequantize_tensor, quantize_tensor, round_with_feedback
 from train_gpt import (
     COARSEST,
     FINEST,
-    DoesNotFit,
-    Grid,
-    Latents,
     LoopedGPT,
     Optimizers,
     Settings,
-    compute_gaussian_bits,
-    dequantize_tensor,
     forecast_bytes,
-    load_weights,
-    quantize_tensor,
-    round_with_feedback,
+    stored_shapes,
     train_step,
-    unpack_artifact,
 )
 
 grids = st.builds(Grid, st.integers(2, 8), st.floats(0.5, 30.0))
@@ -95,7 +89,7 @@ def test_bits_of_a_code_are_the_entropy_of_gaussian_codes_whatever_their_scale(g
     codes, _ = quantize_tensor(draw_rows(16, 1 << 16) * scale, grid)
     counts = torch.bincount(codes.flatten().long() + 128).double()
     chances = counts[counts > 0] / counts.sum()
-    assert compute_gaussian_bits(grid) == pytest.approx(-(chances * chances.log2()).sum().item(), rel=0.01)
+    assert grid.gaussian_bits() == pytest.approx(-(chances * chances.log2()).sum().item(), rel=0.01)
 
 
 def size_at(k_scale: float, **changes) -> int:
@@ -195,24 +189,13 @@ def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, c
     for _ in range(2):
         train_step(model, optim, (tokens, tokens.roll(-1, 1)), Settings(1.0, 0.9, 1), config, tiny_context())
     weights = {n: w.detach() for n, w in latents.weights.items()}
-    artifact = unpack_artifact(pack_weights(config, weights, latents.grids, dict(sha256="", vocab=384)))
+    content = pack_weights(config, weights, latents.grids, dict(sha256="", vocab=384))
+    artifact = unpack_artifact(content, stored_shapes)
     loaded = LoopedGPT(config, dtype)
-    load_weights(loaded, artifact.tensors)
+    loaded.load_state_dict(artifact.tensors)
     for name, p in model.named_parameters():
         own = p.half().to(p.dtype) if model.kind(name) == "vector" else p
         assert torch.equal(dict(loaded.named_parameters())[name], own), name
     now = model.state_dict()
     moved = [n for n, w in weights.items() if model.kind(n) == "matrix" and not torch.equal(w.to(dtype), now[n])]
     assert len(moved) >= len(model.plan.names) * 2, "training computed on the grid, not with the latents"
-
-
-def test_publishing_without_the_grid_gives_the_latents():
-    config = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0)
-    model = tiny_model(config)
-    latents = Latents(model, plan_grids(config, model))
-    before = {n: w.detach().clone() for n, w in latents.weights.items()}
-    latents.publish()
-    assert not torch.equal(model.embed.weight, before["embed.weight"])
-    latents.publish(before, quantized=False)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(math.isnan(p.sum().item()) for p in model.parameters())

@@ -31,7 +31,9 @@ from helpers import (
 
 import tools.artifact
 import train_gpt
-from train_gpt import ConfigError, check_split, format_value, load_artifact, main
+from contracts.context import format_value
+from contracts.errors import ConfigError
+from train_gpt import check_split, load_artifact, main
 
 RUN = dict(seed=7, run_id="r", iterations=24, score_mode="sliding", also="trained,averaged,plain", byte_limit=400_000)
 

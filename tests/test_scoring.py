@@ -14,18 +14,10 @@ from helpers import tiny_config, tiny_context, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import (
-    BpbMeter,
-    ByteCounter,
-    Cache,
-    RunContext,
-    Score,
-    SgdScorer,
-    TokenStream,
-    WindowScorer,
-    build_scorer,
-    score_tokens,
-)
+from contracts.context import RunContext
+from contracts.scoring import BpbMeter, ByteCounter, Score, SgdScorer, WindowScorer, build_scorer, score_tokens
+from data.shards import TokenStream
+from kernels.attention import Cache
 
 
 class LonelyContext(RunContext):

@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 
 import train_gpt
+from contracts.artifact import Artifact, write_atomic
+from data.shards import TokenStream
+from kernels.quantize import compute_entropy
 from tools.plot import import_pyplot
 from tools.program import run_program
 from tools.runlog import RunError
@@ -36,7 +39,7 @@ class Row:
     bytes: float
 
 
-def describe(path: Path) -> tuple[list[Row], train_gpt.Artifact]:
+def describe(path: Path) -> tuple[list[Row], Artifact]:
     artifact = train_gpt.load_artifact(path)
     layout = {entry["name"]: entry for entry in artifact.layout}
     rows = []
@@ -48,8 +51,7 @@ def describe(path: Path) -> tuple[list[Row], train_gpt.Artifact]:
         if step is None:
             rows.append(Row(name, shape, bits, 0.0, 16.0, 2.0 * codes.numel()))
             continue
-        counts = torch.bincount(codes.flatten().long() + 128, minlength=256).double().numpy()
-        entropy = train_gpt.compute_entropy(counts)
+        entropy = compute_entropy(codes)
         spread = (codes.float() * step.float()[:, None]).square().mean(1).sqrt()
         k = float((step.float() * (2 ** (bits - 1) - 1) / spread.clamp_min(1e-12))[spread > 0].median())
         rows.append(Row(name, shape, bits, k, entropy, entropy * codes.numel() / 8 + 2 * len(step)))
@@ -121,14 +123,14 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     ctx = train_gpt.build_context(replace(config, compile="none"), {})
     config = replace(config, byte_limit=byte_limit)
     _, digest = train_gpt.load_tokenizer(config)
-    stream = train_gpt.TokenStream(config.data_path, "train", config.vocab_size)
+    stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = train_gpt.build_model(config, ctx)
     weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
     hessians = train_gpt.collect_hessians(config, ctx, weights, stream)
     tokenizer = dict(sha256=digest, vocab=config.vocab_size)
     k_scale = train_gpt.plan_k_scale(config, model)
     content = train_gpt.fit_artifact(config, model, weights, hessians, k_scale, tokenizer)
-    train_gpt.write_atomic(out, content)
+    write_atomic(out, content)
     room = byte_limit - config.code_reserve
     share = f" of_limit:{(len(content) + config.code_reserve) / byte_limit:.4f}" if byte_limit else ""
     print(f"fit path:{out} bytes:{len(content)} room:{room}{share}")

@@ -36,9 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
+from contracts.artifact import write_atomic
+from contracts.context import Log, progress_bar
+from contracts.errors import ConfigError, Stop
+from contracts.scoring import BpbMeter, ByteCounter, Window, WindowScorer, build_scorer, score_tokens
 from tools.program import run_program
 from tools.runlog import RunError
-from train_gpt import BpbMeter, ByteCounter, Window, WindowScorer, score_tokens
 
 RULES = ("causal", "normalized", "score-before-update", "once", "bytes", "documents")
 SUM_TOLERANCE = 1e-4  # float32 log-softmax over some thousand ids
@@ -50,7 +53,7 @@ KEPT_FAULTS = 20  # examples of a violation in the report
 TEXT_TOKENS = 1 << 20  # validation tokens whose bytes are compared with the text
 
 
-class AuditError(train_gpt.Stop):
+class AuditError(Stop):
     """An audit that would prove nothing: one line that says why and how to mend it."""
 
 
@@ -357,7 +360,7 @@ def audit(
     """The verdicts over passes of `build()`, a fresh scorer each, through the real scoring loop. `tokens` is the span
     that is scored; the bytes of `text`, by default of the span, are compared with what it decodes to."""
     passes = 12 + probes + count_document_probes(probes)
-    with train_gpt.progress_bar(passes, "pass", "auditing", train_gpt.Log()) as bar:
+    with progress_bar(passes, "pass", "auditing", Log()) as bar:
         auditor = Auditor(build, counter, seed, bar)
         verdicts, config = auditor.verdicts, auditor.config
         if len(tokens) < (least := max(auditor.length, 2 * EMBEDDED) + 2):
@@ -412,15 +415,15 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
         config, data_path=args.data_path, tokenizer_path=str(beside) if beside.is_file() else "",
         score_tokens=max(TEXT_TOKENS, args.span), compile="none", dtype="float32",
     )  # fmt: skip
-    ctx = replace(train_gpt.build_context(config, {}), log=train_gpt.Log(quiet=True))
-    val, identity = train_gpt.load_validation(config, ctx)
-    if artifact.tokenizer != identity:
-        raise train_gpt.ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
+    ctx = replace(train_gpt.build_context(config, {}), log=Log(quiet=True))
+    val = train_gpt.load_validation(config, ctx)
+    if artifact.tokenizer != val.tokenizer:
+        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     model = train_gpt.build_model(config, ctx)
 
     def build() -> WindowScorer:
-        train_gpt.load_weights(model, artifact.tensors)
-        return train_gpt.build_scorer(config.score_mode, model, config, ctx)
+        model.load_state_dict(artifact.tensors)
+        return build_scorer(config.score_mode, model, config, ctx)
 
     probes = args.probes or (20 if config.score_mode in ("sgd", "lora") else 200)
     span = val.tokens[: args.span or choose_span(build())]
@@ -454,7 +457,7 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"{path}: no such file; name an artifact, or the folder of a finished run")
     report = audit_artifact(path, args)
     content = json.dumps(report, indent=1, ensure_ascii=False)
-    train_gpt.write_atomic(args.out or path.with_name("audit.json"), content.encode() + b"\n")
+    write_atomic(args.out or path.with_name("audit.json"), content.encode() + b"\n")
     print(content) if args.json else show(report)
     return 4 if report["verdict"] == "violated" else 0
 

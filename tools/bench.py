@@ -26,7 +26,11 @@ import numpy as np
 import torch
 
 import train_gpt
-from data.shards import write_shard
+from contracts.context import RunContext, progress_bar
+from contracts.errors import ConfigError
+from contracts.scoring import build_scorer, score_tokens
+from data.shards import TokenStream, write_shard
+from kernels.quantize import Latents
 from tools.program import run_program
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -44,11 +48,11 @@ class Case:
         tokens = np.random.default_rng(0).integers(2, config.vocab_size, 4 * config.batch_tokens + 1)
         path = folder / f"random{config.vocab_size}_{config.batch_tokens}_train_000000.bin"
         write_shard(path, tokens.astype(np.uint16))
-        self.stream = train_gpt.TokenStream(str(folder), "train", 65536)
+        self.stream = TokenStream(str(folder), "train", 65536)
         self.model = train_gpt.build_model(self.config, self.ctx)
         self.model.init_weights(config.seed)
         grids = train_gpt.build_grids(self.config, self.model, train_gpt.plan_k_scale(self.config, self.model))
-        self.latents = train_gpt.Latents(self.model, grids)
+        self.latents = Latents(self.model, grids)
         self.optim = train_gpt.Optimizers(self.model, self.latents, self.config, self.ctx)
         self.latents.publish()
         self.steps: list[dict[str, float]] = []
@@ -80,7 +84,7 @@ class Case:
             loss.backward()
             self.latents.collect()
             end("backward")
-        self.latents.reduce(ctx, size / (len(inputs) * ctx.world), config.grad_clip)
+        self.latents.reduce(ctx.sum, size / (len(inputs) * ctx.world), config.grad_clip)
         end("communication")
         self.optim.step(settings)
         end("optimizer")
@@ -106,7 +110,7 @@ class Case:
         """Scored tokens per second; forward tokens per scored one, padding included."""
         tokens = torch.from_numpy(self.stream.read(0, n_tokens))
         tokens[:: max(self.config.seq_len, 2)] = self.config.bos_id
-        scorer = train_gpt.build_scorer(mode, self.model, self.config, self.ctx)
+        scorer = build_scorer(mode, self.model, self.config, self.ctx)
         scorer.warm_up()
         meter, forwarded = Positions(), 0
 
@@ -116,7 +120,7 @@ class Case:
 
         hook = self.model.register_forward_pre_hook(count)
         started = time.perf_counter()
-        train_gpt.score_tokens(scorer, tokens, meter)
+        score_tokens(scorer, tokens, meter)
         self.ctx.sync()
         seconds = time.perf_counter() - started
         hook.remove()
@@ -132,7 +136,7 @@ class Positions:
         self.count += len(positions)
 
 
-def measure_peak(ctx: train_gpt.RunContext) -> float:
+def measure_peak(ctx: RunContext) -> float:
     """Operations per second of the best large matrix product in the compute dtype."""
     best = 0.0
     for n in (1024, 2048) if ctx.device.type == "cpu" else (4096, 8192):
@@ -149,7 +153,7 @@ def measure_peak(ctx: train_gpt.RunContext) -> float:
 def compare(a: Case, b: Case, rounds: int) -> dict:
     """Steps in turns; above 1, b is faster."""
     ratios = []
-    with train_gpt.progress_bar(rounds, "round", "a b a b", a.ctx.log) as bar:
+    with progress_bar(rounds, "round", "a b a b", a.ctx.log) as bar:
         for _ in range(rounds):
             per_token = [case.step() / case.config.batch_tokens for case in (a, b)]
             ratios.append(per_token[0] / per_token[1])
@@ -159,10 +163,10 @@ def compare(a: Case, b: Case, rounds: int) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     if args.steps < 1 or args.score_tokens < 2:
-        raise train_gpt.ConfigError("--steps and --score_tokens must be positive")
+        raise ConfigError("--steps and --score_tokens must be positive")
     known, modes = train_gpt.CHOICES["score_mode"], [mode for mode in args.modes.split(",") if mode]
     if wrong := set(modes) - set(known):
-        raise train_gpt.ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
+        raise ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         case = Case(args.options, Path(folder))
         found: dict = {}

@@ -31,6 +31,11 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from contracts.artifact import write_atomic
+from contracts.context import Log, progress_bar
+from contracts.errors import Stop
+from contracts.scoring import BpbMeter
+from kernels.attention import Cache
 from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
 from tools.program import run_program
 
@@ -52,7 +57,7 @@ NOTED = ("python", "code")  # may differ, and are named when decoding fails
 TYPES = dict.fromkeys([*SAME, *NOTED, "sha256"], str) | dict.fromkeys(["threads", "tokens", "bytes"], int)
 
 
-class DamagedFile(train_gpt.Stop):
+class DamagedFile(Stop):
     """A coded file that is truncated or changed, or does not decode to what it promises."""
 
     exit_code = 4
@@ -114,11 +119,11 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
     scorer, config = predictor.build_scorer(), predictor.config
     row = torch.full((1 + n_tokens,), 0 if config.bos_id else 1)  # within one document only its length matters
     row[0] = config.bos_id
-    with train_gpt.progress_bar(n_tokens, "token", title, predictor.ctx.log) as bar:
+    with progress_bar(n_tokens, "token", title, predictor.ctx.log) as bar:
         for track in scorer.tracks(row):
             for index, chunk in enumerate(track):
                 for window in chunk:
-                    cache, fresh = train_gpt.Cache(scorer.band), row[window.start : window.first]
+                    cache, fresh = Cache(scorer.band), row[window.start : window.first]
                     for position in range(window.first, window.stop):
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)
@@ -212,10 +217,10 @@ def encode(predictor: Predictor, content: bytes, out: Path) -> dict:
     seconds = time.perf_counter() - started
     sizes = dict(sha256=hashlib.sha256(content).hexdigest(), tokens=len(tokens), bytes=len(content))
     packed = pack_file(describe_numbers(predictor) | sizes, payload)
-    meter = train_gpt.BpbMeter(predictor.counter)
+    meter = BpbMeter(predictor.counter)
     predictor.score(predictor.row(tokens), meter)
     claimed, coded = meter.total(predictor.ctx).bpb, 8 * len(payload) / max(1, len(content))
-    train_gpt.write_atomic(out, packed)
+    write_atomic(out, packed)
     return dict(
         mode=predictor.mode, bytes=len(content), tokens=len(tokens), file_bytes=len(packed), payload_bytes=len(payload),
         claimed_bpb=claimed, coded_bpb=coded, overhead_percent=100 * (coded / claimed - 1) if claimed else 0.0,
@@ -236,7 +241,7 @@ def decode(predictor: Predictor, header: dict, payload: bytes, out: Path) -> dic
         other = "".join(f"; it was coded with {n} {header[n]}, here {here[n]}" for n in NOTED if header[n] != here[n])
         raise DamagedFile(f"{error}{other}") from None
     seconds = time.perf_counter() - started
-    train_gpt.write_atomic(out, content)
+    write_atomic(out, content)
     return dict(
         mode=predictor.mode, bytes=len(content), tokens=len(tokens), payload_bytes=len(payload), seconds=seconds,
         tokens_per_s=len(tokens) / seconds, sha256=header["sha256"],
@@ -259,7 +264,7 @@ def convert(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     report = convert(args)
-    print(json.dumps(report)) if args.json else train_gpt.Log()(f"{args.command}d", **report)
+    print(json.dumps(report)) if args.json else Log()(f"{args.command}d", **report)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,9 @@ from pathlib import Path
 from torch import Tensor
 
 import train_gpt
+from contracts.context import Log
+from contracts.plan import parse_plan
+from contracts.scoring import BpbMeter, ByteCounter, Score, build_scorer, score_tokens
 from tools.exits import EarlyExit
 from tools.plot import COLORS, GREY, check_picture, import_pyplot, name_points, save_picture
 from tools.predict import InputError
@@ -53,11 +56,11 @@ class Report:
     points: list[Point]
 
 
-class ExitMeter(train_gpt.BpbMeter):
+class ExitMeter(BpbMeter):
     """Also sums the depths of scored tokens. In plain windows a target stands right behind its input, and the inputs
     fill rows of seq_len without a gap; what pads the last row is not counted."""
 
-    def __init__(self, counter: train_gpt.ByteCounter, early: EarlyExit, length: int):
+    def __init__(self, counter: ByteCounter, early: EarlyExit, length: int):
         super().__init__(counter)
         self.early, self.length, self.depths = early, length, 0
 
@@ -74,31 +77,31 @@ class Study:
         config, _ = train_gpt.parse_config(options, dict(os.environ))
         self.artifact, self.mode = train_gpt.load_artifact(path), mode
         stored = self.artifact.stored
-        if not train_gpt.parse_plan(stored["plan"]).is_variable:
+        if not parse_plan(stored["plan"]).is_variable:
             raise InputError(f"{path}: its plan {stored['plan']} has a fixed depth; train one with a group marked *r, "
                              "such as --plan 'ab(^cd)*rgh' --skips none")  # fmt: skip
         self.config = replace(config, **stored, batch_tokens=stored["seq_len"], compile="none")
         self.ctx = train_gpt.build_context(self.config, {})
-        quiet = replace(self.ctx, log=train_gpt.Log(quiet=True))
-        self.val, tokenizer = train_gpt.load_validation(self.config, quiet)
-        if self.artifact.tokenizer != tokenizer:
+        quiet = replace(self.ctx, log=Log(quiet=True))
+        self.val = train_gpt.load_validation(self.config, quiet)
+        if self.artifact.tokenizer != self.val.tokenizer:
             raise InputError(f"{self.config.tokenizer_file}: not the tokenizer of {path}; name its run's --data_path")
 
     def config_at(self, r: int) -> train_gpt.Config:
         return replace(self.config, score_depth=r)
 
-    def score(self, r: int, tau: float | None = None) -> tuple[Point, train_gpt.Score]:
+    def score(self, r: int, tau: float | None = None) -> tuple[Point, Score]:
         config, ctx, early = self.config_at(r), self.ctx, None if tau is None else EarlyExit(tau)
         model = train_gpt.build_model(config, ctx)
-        train_gpt.load_weights(model, self.artifact.tensors)
-        scorer, meter = train_gpt.build_scorer(self.mode, model, config, ctx), train_gpt.BpbMeter(self.val.counter)
+        model.load_state_dict(self.artifact.tensors)
+        scorer, meter = build_scorer(self.mode, model, config, ctx), BpbMeter(self.val.counter)
         scorer.warm_up()  # the first forward of a process pays for what is not the model's
         if early:
             meter = ExitMeter(self.val.counter, early, config.seq_len)
             model.register_forward_pre_hook(lambda _, args, kw: (args, kw | dict(watch=early)), with_kwargs=True)
         ctx.sync()
         started = time.perf_counter()
-        train_gpt.score_tokens(scorer, self.val.tokens, meter, f"r={r}" if tau is None else f"exit {tau:g}")
+        score_tokens(scorer, self.val.tokens, meter, f"r={r}" if tau is None else f"exit {tau:g}")
         ctx.sync()
         seconds, found = time.perf_counter() - started, meter.total(ctx)
         depth = meter.depths / found.tokens if early else float(r)

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import train_gpt
+from contracts.options import cast_option
 from tools.stats import mean, sample_std
 from tools.trainlog import TrainLog, read_train_log
 
@@ -210,7 +211,7 @@ def options_of(log: TrainLog) -> list[str]:
     found = [f"--recipe={recipe}"]
     for name, text in log.settings.items():
         if name in defaults and name not in PER_RUN_SETTINGS | {"recipe", "score", "dry_run"}:
-            value = train_gpt.cast_option(name, "" if text == "-" else text, defaults[name])
+            value = cast_option(name, "" if text == "-" else text, defaults[name])
             found += [f"--{name}={'' if text == '-' else text}"] if value != usual[name] else []
     return found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train_gpt import Pass
+from contracts.plan import Pass
 
 
 class EarlyExit:

@@ -26,9 +26,12 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import train_gpt
+from contracts.artifact import write_atomic
+from contracts.errors import DoesNotFit, Stop
 from tools.program import run_program
 
 ROOT = Path(train_gpt.__file__).resolve().parent
@@ -37,11 +40,10 @@ STUB = """import bz2
 parts=bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
 exec(parts[0])
 """
-START = """import atexit,os,shutil,sys,tempfile
-archive,folder=sys.path[0],tempfile.mkdtemp(prefix="loopgolf-")
-atexit.register(shutil.rmtree,folder,True)
-with open(os.path.join(folder,"train_gpt.py"),"w",encoding="utf-8") as file: file.write(parts[1])
-sys.path[0]=folder
+START = """import os,sys,tempfile
+archive,folder=sys.path[0],tempfile.TemporaryDirectory(prefix="loopgolf-",ignore_cleanup_errors=True)
+with open(folder.name+"/train_gpt.py","w",encoding="utf-8") as file: file.write(parts[1])
+sys.path[0]=folder.name
 import train_gpt
 sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
 """
@@ -51,7 +53,7 @@ sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
 KEPT_LOCALS, KEPT_GLOBALS = ("config", "ctx", "model", "self"), dir(builtins)
 
 
-class PackError(train_gpt.Stop):
+class PackError(Stop):
     """Packing cannot go on: one line that says why and names the mend."""
 
 
@@ -69,16 +71,22 @@ def load_counted(lazy: list[str] | tuple[str, ...] = ()) -> dict[str, ast.Module
         if name in found or not (path := find_module(name)):
             continue
         found[name] = ast.parse(path.read_text(encoding="utf-8"))
-        nodes = deque([found[name]])
-        while nodes:
-            node = nodes.popleft()
-            if not isinstance(node, ast.FunctionDef):
-                nodes += ast.iter_child_nodes(node)
-            if isinstance(node, ast.Import):
-                wanted += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                wanted += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return dict(sorted(found.items()))
+        wanted += imported_by(found[name])
+    return found
+
+
+def imported_by(tree: ast.Module) -> list[str]:
+    """Names of modules, and of what may be modules, that are imported outside of functions."""
+    found, nodes = [], deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        if not isinstance(node, ast.FunctionDef):
+            nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -126,9 +134,12 @@ class DropImports(ast.NodeTransformer):
 
 
 def fuse(modules: dict[str, ast.Module]) -> ast.Module:
-    """One module of all: what they import, each name once, then their lines, the entry's last."""
+    """One module of all: what they import, each name once, then their lines: a module's behind those of the modules
+    that it imports, the entry's last."""
     imports, lines, owners = {}, [], {}
-    for name in sorted(modules, key=lambda name: (name == ENTRY, name)):
+    needs = {name: sorted(modules.keys() & imported_by(modules[name])) for name in sorted(modules)}
+    needs[ENTRY] = [name for name in needs if name != ENTRY]
+    for name in TopologicalSorter(needs).static_order():
         for line in DropImports(modules).visit(modules[name]).body:
             if isinstance(line, ast.Import | ast.ImportFrom):
                 for alias in line.names:
@@ -145,26 +156,52 @@ def fuse(modules: dict[str, ast.Module]) -> ast.Module:
     return ast.Module([*imports.values(), *lines], [])
 
 
-def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
-    """Without docstrings and annotations (a dataclass field needs any), with short names for all but attributes, what
-    is `public` in a module, parameters that some call of the code gives by keyword, and what is better KEPT."""
+def drop_annotations(tree: ast.Module) -> None:
+    """All but those that Triton reads; a dataclass field needs any."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(0)
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg) and not is_constexpr(node):
+            node.annotation = None
+
+
+def is_constexpr(arg: ast.arg) -> bool:
+    return arg.annotation is not None and "constexpr" in ast.unparse(arg.annotation)
+
+
+def keywords_in(tree: ast.Module) -> set[str]:
+    """Names of the parameters that the code may give by keyword to a function of its own."""
+    imports = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+    others = {"dict"}.union(*map(defined_by, imports)) - {"functools"}  # partial() hands on what it is given
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            root = node.func
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if not isinstance(root, ast.Name) or root.id not in others:
+                found |= {keyword.arg for keyword in node.keywords}
+    return found
+
+
+def minify(tree: ast.Module, public: set[str]) -> str:
+    """Without docstrings, with short names for all but attributes, what is `public` in a module, parameters that some
+    call of the code gives by keyword, and what is better KEPT."""
     try:
         import python_minifier
     except ImportError:
         raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt") from None
-    fixed = []
+    fixed, keywords = [], keywords_in(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(0)
-        elif isinstance(node, ast.arguments):
+        if isinstance(node, ast.arguments):
             everyone = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-            if any(arg.annotation and "constexpr" in ast.unparse(arg.annotation) for arg in everyone):
+            if any(map(is_constexpr, everyone)):
                 fixed += [arg.arg for arg in everyone]  # Triton reads these; it wants builtins by their names, too
             else:
                 while node.args and node.args[0].arg not in keywords:
                     node.posonlyargs.append(node.args.pop(0))
-        elif isinstance(node, ast.arg) and node.annotation and "constexpr" not in ast.unparse(node.annotation):
-            node.annotation = None
     annotations = python_minifier.RemoveAnnotationsOptions(
         remove_class_attribute_annotations=False, remove_argument_annotations=False
     )
@@ -177,9 +214,10 @@ def minify(tree: ast.Module, public: set[str], keywords: set[str]) -> str:
 
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, int]:
     """The script, and the characters in it before compression."""
+    for tree in modules.values():
+        drop_annotations(tree)
     keep_reachable(modules)
-    tree = fuse(modules)
-    text = minify(tree, {"main"}, {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)})
+    text = minify(fuse(modules), {"main"})
     code = bz2.compress(f"{START}\0{text}".encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -196,8 +234,8 @@ def run(args: argparse.Namespace) -> None:
     content, characters = pack(load_counted(args.lazy))
     if len(content) > args.code_reserve:
         over = f"{len(content)} bytes, more than code_reserve={args.code_reserve}"
-        raise train_gpt.DoesNotFit(f"the packed code has {over}; there are {characters} characters in it to shorten")
-    train_gpt.write_atomic(args.out, content)
+        raise DoesNotFit(f"the packed code has {over}; there are {characters} characters in it to shorten")
+    write_atomic(args.out, content)
     print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{characters} reserve:{args.code_reserve} "
           f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
 

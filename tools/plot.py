@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from data.shards import DataError
+from contracts.artifact import Artifact, write_atomic
+from data.shards import DataError, TokenStream
+from kernels.quantize import compute_entropy
 from tools.program import run_program
 from tools.runlog import RunError, read_log, read_result
 
@@ -56,7 +58,7 @@ def save_picture(figure, out: Path, dpi: int = 120) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=out.suffix[1:], dpi=dpi)
     import_pyplot().close(figure)
-    train_gpt.write_atomic(out, content.getvalue())
+    write_atomic(out, content.getvalue())
 
 
 def name_points(axes, points: list, names: list[str], others: list = (), is_beside: bool = True, **style) -> None:
@@ -107,22 +109,19 @@ def load_run(folder: Path, color: str) -> Run:
     config = json.loads((folder / "result.json").read_text())["config"]
     artifact = train_gpt.load_artifact(folder / "artifact.lg")
     model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
-    train_gpt.load_weights(model, artifact.tensors)
+    model.load_state_dict(artifact.tensors)
     # a resumed run repeats steps: the later line counts
     return Run(folder.name, color, result, list(steps.values()), config["batch_tokens"],
                count_bytes(artifact, model, int(result["code_bytes"])), measure_stream(model, config))  # fmt: skip
 
 
-def count_bytes(artifact: train_gpt.Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
+def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
     """Bytes of the file by part: a stream's bytes are shared out by the entropy of what lies in it."""
     weights = {0: Counter(), 1: Counter()}
     for entry in artifact.layout:
         values = artifact.raw[entry["name"]]
         if entry["scheme"] == "int":
-            counts = torch.bincount(values.flatten().long() + 128, minlength=256).double().numpy()
-            weights[entry["stream"]][PARTS[model.role(entry["name"])]] += (
-                train_gpt.compute_entropy(counts) * values.numel()
-            )
+            weights[entry["stream"]][PARTS[model.role(entry["name"])]] += compute_entropy(values) * values.numel()
         else:
             weights[entry["stream"]][PARTS["vector"]] += values.numel()
     found = Counter(code=code_bytes)
@@ -137,7 +136,7 @@ def count_bytes(artifact: train_gpt.Artifact, model: train_gpt.LoopedGPT, code_b
 def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
     """Root mean square of the residual stream behind every pass, over one batch of validation text."""
     try:
-        stream = train_gpt.TokenStream(config["data_path"], "val", config["vocab_size"])
+        stream = TokenStream(config["data_path"], "val", config["vocab_size"])
     except (DataError, OSError):
         return []
     sizes: list[float] = []

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from contracts.artifact import Artifact
+from contracts.context import RunContext
+from contracts.errors import Stop
+from contracts.scoring import ByteCounter, WindowScorer, build_scorer, score_tokens
 from data.folder import TOKENIZER
 from data.tokenizer import LETTERS_OF_NOBODY, SPACE_MARKER, encode_document, load_tokenizer
 
@@ -23,7 +27,7 @@ BAD_BYTES = "\udc80-\udcff"  # what errors="surrogateescape" makes of bytes that
 BATCH = 16  # windows that are scored in one forward
 
 
-class InputError(train_gpt.Stop):
+class InputError(Stop):
     """Input that does not fit together: one line that names it and the mend."""
 
 
@@ -81,26 +85,26 @@ class Speller:
 class Predictor:
     """A model with the weights of an artifact, and what belongs to it."""
 
-    artifact: train_gpt.Artifact
+    artifact: Artifact
     config: train_gpt.Config
-    ctx: train_gpt.RunContext
+    ctx: RunContext
     model: train_gpt.LoopedGPT
     speller: Speller
-    counter: train_gpt.ByteCounter
+    counter: ByteCounter
     mode: str
 
     def row(self, tokens: list[int]) -> Tensor:
         """The tokens of one document behind its BOS."""
         return torch.tensor([self.config.bos_id, *tokens])
 
-    def build_scorer(self, batch: int = 1) -> train_gpt.WindowScorer:
-        return train_gpt.build_scorer(self.mode, self.model, replace(self.config, score_batch=batch), self.ctx)
+    def build_scorer(self, batch: int = 1) -> WindowScorer:
+        return build_scorer(self.mode, self.model, replace(self.config, score_batch=batch), self.ctx)
 
     def score(self, row: Tensor, meter) -> None:
         """What a run does to get its val_bpb, without a limit on the time of adaptation."""
         sizes = [len(chunk) for track in self.build_scorer().tracks(row) for chunk in track]
         scorer = self.build_scorer(min(BATCH, max([1, *sizes])))  # rows that stay empty would cost as much as others
-        train_gpt.score_tokens(scorer, row, meter, self.mode)
+        score_tokens(scorer, row, meter, self.mode)
 
 
 def load_predictor(path: Path, tokenizer_path: Path | None = None, mode: str = "") -> Predictor:
@@ -118,8 +122,8 @@ def load_predictor(path: Path, tokenizer_path: Path | None = None, mode: str = "
     if ctx.device.type == "cuda":  # sums in the gradients of tables would come in another order each time
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = train_gpt.build_model(config, ctx)
-    train_gpt.load_weights(model, artifact.tensors)
-    counter = train_gpt.ByteCounter(tokenizer)
+    model.load_state_dict(artifact.tensors)
+    counter = ByteCounter(tokenizer)
     return Predictor(artifact, config, ctx, model.eval(), Speller(tokenizer), counter, mode or config.score_mode)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-import train_gpt
+from contracts.errors import Stop
 from data.shards import DataError
 
 
@@ -21,9 +21,9 @@ def run_program(program: Callable[..., int | None], *given) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1
-    except (train_gpt.Stop, DataError, OSError) as error:
+    except (Stop, DataError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return train_gpt.exit_code(error)
+        return getattr(error, "exit_code", 1)
 
 
 def split_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -19,7 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import train_gpt
+from contracts.errors import DoesNotFit
 from tools import entry as layout
 from tools.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
 from tools.pack import ROOT
@@ -100,7 +100,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
     reserve = int(logs[0].settings["code_reserve"])
     if len(code) > reserve:
         over = f"{len(code)} bytes, more than code_reserve={reserve} of the runs"
-        raise train_gpt.DoesNotFit(f"the packed code has {over}")
+        raise DoesNotFit(f"the packed code has {over}")
     beside = out.parent / f".{out.name}.{os.getpid()}.part"
     # the checks see the name that the folder will have
     inside = beside / out.resolve().parent.name / out.name

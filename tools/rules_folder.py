@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-import train_gpt
+from contracts.errors import ConfigError
 from tools import entry as layout
 from tools.entry import PER_SEED, Entry
 from tools.pack import PackError
@@ -230,7 +230,7 @@ def runs(entry: Entry) -> Found:
     log = entry.logs[0]
     try:
         options = layout.options_of(log)
-    except (KeyError, train_gpt.ConfigError) as error:
+    except (KeyError, ConfigError) as error:
         yield BAD, f"{log.who}: its log has no config that runs ({error})"
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import train_gpt
+from contracts.errors import ArtifactError, ConfigError
 from tools import entry as layout
 from tools.entry import LIMIT_BYTES, PER_RUN_SETTINGS, Entry, agrees
 from tools.rules_folder import code_size
@@ -433,7 +434,7 @@ def artifacts(entry: Entry) -> Found:
             continue
         try:
             artifact = train_gpt.load_artifact(path)
-        except train_gpt.ArtifactError as error:
+        except ArtifactError as error:
             yield BAD, str(error).replace(str(entry.folder), "").lstrip("/")
             continue
         if artifact.sha256 != log.last("result").get("artifact_sha256"):
@@ -460,7 +461,7 @@ def readme(entry: Entry) -> Found:
     have = set(entry.readme.splitlines())
     try:
         command = layout.repeat_command(entry.logs)
-    except (KeyError, ValueError, train_gpt.ConfigError):
+    except (KeyError, ValueError, ConfigError):
         command = ""
     for line in [*layout.result_lines(entry.logs, entry.script.stat().st_size), command]:
         if line and line not in have:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-import train_gpt
+from contracts.errors import Stop
 
 
-class RunError(train_gpt.Stop):
+class RunError(Stop):
     """A run folder that cannot be used: one line that names it and the mend."""
 
 

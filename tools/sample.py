@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import train_gpt
+from kernels.attention import Cache
 from tools.predict import InputError, Predictor, add_model_options, load_predictor
 from tools.program import run_program
 
@@ -44,7 +44,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 @torch.no_grad()
-def stream_logits(predictor: Predictor, cache: train_gpt.Cache, tokens: Tensor) -> Tensor:
+def stream_logits(predictor: Predictor, cache: Cache, tokens: Tensor) -> Tensor:
     """Logits (V,) of what follows these tokens in the stream of the cache."""
     for piece in tokens.split(predictor.config.seq_len):  # a long prompt takes no more memory than a window
         states = predictor.model(piece[None].to(predictor.ctx.device), cache=cache)
@@ -55,7 +55,7 @@ def generate(
     predictor: Predictor, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
 ) -> Iterator[int]:
     """Tokens after the prompt, until the model starts another document."""
-    cache, fresh = train_gpt.Cache(predictor.config.band or predictor.config.seq_len), predictor.row(prompt)
+    cache, fresh = Cache(predictor.config.band or predictor.config.seq_len), predictor.row(prompt)
     while True:
         token = draw(stream_logits(predictor, cache, fresh), temperature, top_p, generator)
         if token == predictor.config.bos_id:

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import train_gpt
+from contracts.artifact import write_atomic
+from contracts.errors import Interrupted, Stop
 from tools.entry import PER_RUN_SETTINGS
 from tools.program import run_program, split_options
 from tools.runlog import RunError, read_result
@@ -87,7 +89,7 @@ def run_seed(plan: Plan, state: str, nproc: int, environ: dict[str, str]) -> Non
         raise SeedFailed(f"seed {plan.seed} ended with exit code {code}; see {plan.folder}/log.txt", abs(code))
 
 
-class SeedFailed(train_gpt.Stop):
+class SeedFailed(Stop):
     """A run that ended badly; the series ends with its exit code."""
 
     def __init__(self, message: str, code: int):
@@ -118,7 +120,7 @@ def run_child(command: list[str], environ: dict[str, str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if seen:
-        raise train_gpt.Interrupted("interrupted; the same command goes on where it stopped")
+        raise Interrupted("interrupted; the same command goes on where it stopped")
     return code
 
 
@@ -196,7 +198,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
         if str(args.json) == "-":
             print(text, end="")
             return
-        train_gpt.write_atomic(args.json, text.encode())
+        write_atomic(args.json, text.encode())
     print(format_table(rows, summary))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import train_gpt
+from contracts.errors import Stop
 from tools import seeds
 from tools.plot import GREY, check_picture, import_pyplot, name_points, save_picture
 from tools.program import run_program, split_options
@@ -58,7 +59,7 @@ def plan_runs(text: str, numbers: list[int], name: str, options: list[str], envi
         letters, digest = re.sub(r"[^a-zA-Z0-9]+", "", plan)[:40], hashlib.sha256(text.encode()).hexdigest()[:6]
         given = [*options, f"--plan={plan}", *own]
         return [seeds.plan_seed(seed, f"{name}-{letters}-{digest}", given, environ) for seed in numbers]
-    except (ValueError, train_gpt.Stop) as error:  # a ValueError: nothing in it, or an open quote
+    except (ValueError, Stop) as error:  # a ValueError: nothing in it, or an open quote
         raise RunError(f"{text!r}: {error}") from None
 
 

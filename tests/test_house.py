@@ -1,0 +1,56 @@
+"""Imports point one way: tools, then train_gpt.py, then contracts, then kernels and the shard format.
+
+Anywhere, by reading the files: pytest tests/test_house.py
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import tools.pack
+import train_gpt
+
+OWN = ("train_gpt", "contracts", "data", "kernels", "tools", "tests")
+MAY_IMPORT = {
+    "tools": ("train_gpt", "contracts", "data", "kernels", "tools"),
+    "train_gpt.py": ("contracts", "data.shards", "kernels"),
+    "contracts": ("contracts", "kernels"),
+    "data": ("data",),
+    "kernels": ("kernels",),
+}
+FILES = [path for room in MAY_IMPORT for path in ([ROOT / room] if room.endswith(".py") else (ROOT / room).glob("*.py"))]
+
+
+def imported_by(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, inside of functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports name the whole way"
+            # `from data import shards` is data.shards; `from data.shards import write_shard` is too, for the room it names
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {n for n in inner if tools.pack.find_module(n)} or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0]
+    for name in imported_by(path):
+        if name.split(".")[0] in OWN:
+            assert any(name == to or name.startswith(f"{to}.") for to in MAY_IMPORT[room]), f"{path}: {name}"
+        elif room == "kernels":
+            assert name.split(".")[0] in sys.stdlib_module_names | {"torch", "triton"}, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("moe_experts", [0, 2])
+def test_the_counted_files_are_those_that_a_run_imports(moe_experts):
+    """Which the log proves by their hash, and the packer finds by following imports."""
+    lazy = ["kernels.moe"] * (moe_experts > 0)
+    followed = {tools.pack.find_module(name) for name in tools.pack.load_counted(lazy)}
+    assert {path.resolve() for path in train_gpt.counted_files(moe_experts)} == followed
