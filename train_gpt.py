@@ -9,8 +9,9 @@ this code, and the score (bits per byte) is computed from that file, reloaded.
     python train_gpt.py --score runs/ID/artifact.lg              score a finished file
 
 Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
-9 evaluation, 10 training, 11 main. Dimension letters: B batch, T tokens, D width, H heads, G query heads per
-key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
+9 evaluation, 10 training, 11 main. What others rely on, as the plan language, the file format and the rules of the
+score, is in contracts/; heavy operations are in kernels/. Dimension letters: B batch, T tokens, D width, H heads,
+G query heads per key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
 """
 
 from __future__ import annotations
@@ -43,15 +44,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from contracts.artifact import Artifact, Shapes, pack_artifact, unpack_artifact, write_atomic
-from contracts.context import (
-    Clock,
-    Log,
-    RunContext,
-    StopSignals,
-    find_compiler_fault,
-    keep_freed_memory,
-    progress_bar,
-)  # fmt: skip
+from contracts.context import Clock, Log, RunContext, StopSignals, find_compiler_fault, keep_freed_memory
 from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
 from contracts.options import describe_options, did_you_mean, holds_fields, parse_command_line, parse_environment
 from contracts.plan import Pass, parse_pass_set, parse_plan
@@ -351,7 +344,7 @@ def help_text() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Run context
 # ----------------------------------------------------------------------------------------------------------------------
-# Where this process runs: rank, device, dtype, log. The ranks of a run only ever agree through the methods here.
+# Where this process runs, found once: what contracts/context.py describes.
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
@@ -1007,7 +1000,7 @@ class WeightAverage:
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Artifact
 # ----------------------------------------------------------------------------------------------------------------------
-# The file that is scored. Nothing in it is executed, and nothing in it is believed before it was checked.
+# What goes into the file that is scored; contracts/artifact.py is its format.
 
 
 def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
@@ -1083,8 +1076,7 @@ def load_artifact(path: str | Path) -> Artifact:
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
-# A scorer gives log-probabilities over the whole vocabulary for tokens that it has not seen, and may adapt to tokens
-# once they are scored. One loop drives every scorer, and BpbMeter alone counts nats, tokens and bytes.
+# What is scored, with which model; contracts/scoring.py is how.
 
 
 def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
@@ -1183,9 +1175,8 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     before = copy.deepcopy(optim.state())
     random_state = torch.get_rng_state()
     count = config.batch_tokens // ctx.world + 1
-    batch = split_span(
-        torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
-    )
+    made_up = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    batch = split_span(made_up, config, ctx)
     depths = {1, config.rows} if config.sample_depth else {config.depth}
     for depth in sorted(depths | ({0} if config.loop_start else set())):
         train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
@@ -1237,9 +1228,8 @@ def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx
         torch.set_rng_state(state["random"].cpu())
         at = Progress(**state["at"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(
-            f"{path}: not a checkpoint of this run ({error.__class__.__name__}); delete it to start over"
-        ) from None
+        why = f"not a checkpoint of this run ({error.__class__.__name__})"
+        raise DataError(f"{path}: {why}; delete it to start over") from None
     ctx.log("resume", step=at.step, used_s=at.used_s)
     return at
 
@@ -1289,7 +1279,7 @@ def train(
     has_loops = "*" in config.plan
     budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
     budget.recent.extend([at.step_s] if at.step_s else [])
-    with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
+    with StopSignals() as stop, ctx.log.progress_bar(1.0, "training") as bar:
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
             settings = settings_at(config, progress, at.step)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 class Log:
-    """Lines to the terminal and to a file."""
+    """Lines to the terminal and to a file; progress to a terminal only."""
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
@@ -44,17 +44,16 @@ class Log:
     def __call__(self, event: str, **pairs) -> None:
         self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
 
+    def progress_bar(self, total: float, name: str) -> tqdm:
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        # disable=None hides it where there is no terminal
+        return tqdm(total=total, desc=name, leave=False, disable=self.quiet or None, bar_format=form)
+
 
 def format_value(value) -> str:
     """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
     return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
-
-
-def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    # disable=None hides it where there is no terminal
-    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
 
 
 @dataclass(frozen=True)

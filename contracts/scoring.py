@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.context import RunContext, progress_bar
+from contracts.context import RunContext
 from kernels.attention import Cache
 from kernels.quantize import Latents
 
@@ -303,7 +303,7 @@ def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", de
     share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
     left = sum(len(chunk[share]) for track in tracks for chunk in track)  # windows
     done, spent = 0, 0.0
-    with progress_bar(left, "window", f"scoring {name}", ctx.log) as bar:
+    with ctx.log.progress_bar(left, f"scoring {name}") as bar:
         for track in tracks:
             for index, chunk in enumerate(track):
                 mine = chunk[share]

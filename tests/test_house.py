@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "data": ("data",),
     "kernels": ("kernels",),
 }
-FILES = [path for room in MAY_IMPORT for path in ([ROOT / room] if room.endswith(".py") else (ROOT / room).glob("*.py"))]
+FILES = [
+    path for room in MAY_IMPORT for path in ([ROOT / room] if room.endswith(".py") else (ROOT / room).glob("*.py"))
+]
 
 
 def imported_by(path: Path) -> set[str]:

@@ -83,6 +83,35 @@ def test_modules_become_one():
     ]  # fmt: skip
 
 
+def test_a_module_stands_behind_those_that_it_imports():
+    """Or a class would come before the one that it is made from."""
+    tree = tools.pack.fuse(parse_modules(
+        a="from train import Loss\nclass Large(Loss): pass", train="from z import Stop\nclass Loss(Stop): pass",
+        train_gpt="from a import Large\ndef main(): return Large()", z="class Stop(Exception): pass",
+    ))  # fmt: skip
+    names = [line.name for line in tree.body]
+    assert names == ["Stop", "Loss", "Large", "main"]
+    space = {}
+    exec(compile(ast.unparse(tree), "fused", "exec"), space)
+    assert isinstance(space["main"](), space["Stop"])
+
+
+def test_what_only_annotations_name_is_not_imported(tmp_path):
+    texts = parse_modules(train_gpt="import sys\nfrom collections.abc import Callable\nfrom b import T\n"
+                          "def main(argv: Callable) -> T:\n    n: T = len(sys.argv)\n    return n", b="class T: pass")  # fmt: skip
+    (tmp_path / "p.py").write_bytes(tools.pack.pack(texts)[0])
+    text = read_module(tmp_path / "p.py")
+    assert "sys" in text and "Callable" not in text and "class" not in text
+
+
+def test_parameters_that_may_be_given_by_keyword_keep_their_names():
+    """Whatever is called by a name of ours, or through functools, and nothing that only a library gets."""
+    tree = ast.parse("import functools, os.path\nfrom torch import nn\ndef f(kept, other): pass\nf(kept=1)\n"
+                     "functools.partial(f, other=2)\nthing.method(third=3)\nf(0)(fourth=4)\n"
+                     "os.path.f(a=1)\nnn.f(b=1)\ndict(c=1)")  # fmt: skip
+    assert tools.pack.keywords_in(tree) == {"kept", "other", "third", "fourth"}
+
+
 @pytest.mark.parametrize("texts, words", [
     (dict(train_gpt="def main(): pass\ndef f(): pass", b="f = 1"), ("train_gpt", "b", "f")),
     (dict(train_gpt="from b import f as h\ndef main(): h()", b="def f(): pass"), ("b", "f", "another name")),

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import train_gpt
 from contracts.artifact import write_atomic
-from contracts.context import Log, progress_bar
+from contracts.context import Log
 from contracts.errors import ConfigError, Stop
 from contracts.scoring import BpbMeter, ByteCounter, Window, WindowScorer, build_scorer, score_tokens
 from tools.program import run_program
@@ -360,7 +360,7 @@ def audit(
     """The verdicts over passes of `build()`, a fresh scorer each, through the real scoring loop. `tokens` is the span
     that is scored; the bytes of `text`, by default of the span, are compared with what it decodes to."""
     passes = 12 + probes + count_document_probes(probes)
-    with progress_bar(passes, "pass", "auditing", Log()) as bar:
+    with Log().progress_bar(passes, "auditing") as bar:
         auditor = Auditor(build, counter, seed, bar)
         verdicts, config = auditor.verdicts, auditor.config
         if len(tokens) < (least := max(auditor.length, 2 * EMBEDDED) + 2):

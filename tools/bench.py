@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import train_gpt
-from contracts.context import RunContext, progress_bar
+from contracts.context import RunContext
 from contracts.errors import ConfigError
 from contracts.scoring import build_scorer, score_tokens
 from data.shards import TokenStream, write_shard
@@ -153,7 +153,7 @@ def measure_peak(ctx: RunContext) -> float:
 def compare(a: Case, b: Case, rounds: int) -> dict:
     """Steps in turns; above 1, b is faster."""
     ratios = []
-    with progress_bar(rounds, "round", "a b a b", a.ctx.log) as bar:
+    with a.ctx.log.progress_bar(rounds, "a b a b") as bar:
         for _ in range(rounds):
             per_token = [case.step() / case.config.batch_tokens for case in (a, b)]
             ratios.append(per_token[0] / per_token[1])

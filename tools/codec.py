@@ -32,7 +32,7 @@ from torch import Tensor
 
 import train_gpt
 from contracts.artifact import write_atomic
-from contracts.context import Log, progress_bar
+from contracts.context import Log
 from contracts.errors import Stop
 from contracts.scoring import BpbMeter
 from kernels.attention import Cache
@@ -119,7 +119,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
     scorer, config = predictor.build_scorer(), predictor.config
     row = torch.full((1 + n_tokens,), 0 if config.bos_id else 1)  # within one document only its length matters
     row[0] = config.bos_id
-    with progress_bar(n_tokens, "token", title, predictor.ctx.log) as bar:
+    with predictor.ctx.log.progress_bar(n_tokens, title) as bar:
         for track in scorer.tracks(row):
             for index, chunk in enumerate(track):
                 for window in chunk:
