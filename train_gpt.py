@@ -9,7 +9,7 @@ this code, and the score (bits per byte) is computed from that file, reloaded.
     python train_gpt.py --score runs/ID/artifact.lg              score a finished file
 
 Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
-9 evaluation, 10 training, 11 main. What others rely on, as the plan language, the file format and the rules of the
+9 evaluation, 10 training, 11 main. What others rely on, such as the plan language, the file format and the rules of the
 score, is in contracts/; heavy operations are in kernels/. Dimension letters: B batch, T tokens, D width, H heads,
 G query heads per key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
 """
@@ -43,7 +43,7 @@ import zstandard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from contracts.artifact import Artifact, Shapes, pack_artifact, unpack_artifact, write_atomic
+from contracts.artifact import Artifact, Shapes, pack_artifact, quantize_weights, unpack_artifact, write_atomic
 from contracts.context import Clock, Log, RunContext, StopSignals, find_compiler_fault, keep_freed_memory
 from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
 from contracts.options import describe_options, did_you_mean, holds_fields, parse_command_line, parse_environment
@@ -53,7 +53,7 @@ from data.shards import DataError, TokenStream, find_shards
 from kernels.attention import Cache, attend, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
-from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor, round_with_feedback
+from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -62,7 +62,7 @@ from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor, ro
 
 
 @dataclass(frozen=True)
-class Shape:
+class Architecture:
     """What the model is."""
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
@@ -103,8 +103,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Stored(Scoring, Shape):
-    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
+class Stored(Scoring, Architecture):  # fields go from the last base to the first
+    """What travels in the artifact: the model, and how the run said that it would be scored."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def help_text() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Run context
 # ----------------------------------------------------------------------------------------------------------------------
-# Where this process runs, found once: what contracts/context.py describes.
+# Finds rank, device, dtype and compile mode, once; contracts/context.py says what they mean.
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
@@ -564,6 +564,9 @@ def vector(*shape: int) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if all(shape) else None
 
 
+Watch = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
+
+
 class Reach(NamedTuple):
     """How far a forward looks: rotations for all positions in sight, the attention window, documents if they matter."""
 
@@ -774,12 +777,7 @@ class LoopedGPT(nn.Module):
         return run(self, tokens, depth, cache, lora or {}, watch)
 
     def states(
-        self,
-        tokens: Tensor,
-        depth: int,
-        cache: Cache | None,
-        lora: dict[str, dict],
-        watch: Callable[[Pass, Tensor], Tensor] | None,
+        self, tokens: Tensor, depth: int, cache: Cache | None, lora: dict[str, dict], watch: Watch | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(B, T) tokens to normalised states (B, T, D), and the losses of every pass with a mixture. `depth` is the r
         of the plan (0: every group once). With a cache the tokens continue its stream. `lora` holds adapters by block
@@ -877,8 +875,9 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Optimizers
 # ----------------------------------------------------------------------------------------------------------------------
-# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents. A
-# shared weight is quantized once per step, when the latents are published, and gradients pass straight through.
+# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents
+# (kernels/quantize.py). A shared weight is quantized once per step, when the latents are published, and gradients pass
+# straight through.
 
 
 class Muon(torch.optim.Optimizer):
@@ -1003,19 +1002,6 @@ class WeightAverage:
 # What goes into the file that is scored; contracts/artifact.py is its format.
 
 
-def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
-    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
-    stored = {}
-    for name, grid in grids.items():
-        weight, hessian = weights[name], hessians.get(name)
-        if not grid:
-            stored[name] = weight.half()
-            continue
-        rounded = quantize_tensor(weight, grid) if hessian is None else round_with_feedback(weight, hessian, grid)
-        stored[name], stored[f"{name}.step"] = rounded
-    return stored
-
-
 def fit_artifact(
     config: Config, model: LoopedGPT, weights: dict, hessians: dict, k_scale: float, tokenizer: dict
 ) -> bytes:
@@ -1033,9 +1019,9 @@ def fit_artifact(
             k_scale = solve_k_scale(size_at, int(0.998 * room), config)
         grids = build_grids(config, model, k_scale)
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
-        stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
+        tensors = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
         bits = {name: grid.bits for name, grid in grids.items() if grid}
-        content = pack_artifact(config.stored(), stored, bits, tokenizer)
+        content = pack_artifact(config.stored(), tensors, bits, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, extra + len(content) - size_at(k_scale)
@@ -1090,7 +1076,7 @@ class Validation:
 
     tokens: Tensor
     counter: ByteCounter
-    tokenizer: dict
+    identity: dict
 
 
 def load_validation(config: Config, ctx: RunContext) -> Validation:
@@ -1137,9 +1123,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training hands on: the model, its last and its averaged weights, and what it took."""
+    """What training hands on: averaged weights, what steers their rounding, and what it took."""
 
-    latents: Latents
     averaged: dict[str, Tensor]
     hessians: dict[str, Tensor]
     k_scale: float
@@ -1147,15 +1132,10 @@ class Trained:
 
 
 def train_step(
-    model: LoopedGPT,
-    optim: Optimizers,
-    batch: tuple[Tensor, Tensor],
-    settings: Settings,
-    config: Config,
-    ctx: RunContext,
+    model: LoopedGPT, optim: Optimizers, batch: tuple[Tensor, Tensor], settings: Settings, ctx: RunContext
 ) -> Tensor:
     """One optimizer step on this rank's sequences; returns its mean loss."""
-    inputs, targets = batch
+    config, (inputs, targets) = model.config, batch
     size = config.micro_batch or len(inputs)
     total = torch.zeros((), device=ctx.device)
     for x, y in zip(inputs.split(size), targets.split(size)):
@@ -1179,7 +1159,7 @@ def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext
     batch = split_span(made_up, config, ctx)
     depths = {1, config.rows} if config.sample_depth else {config.depth}
     for depth in sorted(depths | ({0} if config.loop_start else set())):
-        train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
+        train_step(model, optim, batch, Settings(1.0, 0.5, depth), ctx)
     optim.load(before)
     torch.set_rng_state(random_state)
     ctx.sync()
@@ -1283,7 +1263,7 @@ def train(
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
             settings = settings_at(config, progress, at.step)
-            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
+            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, ctx)
             average.update(latents.weights, at.step, progress)
             loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
             at = Progress(at.step + 1, now, now - at.used_s)
@@ -1313,7 +1293,7 @@ def train(
     if has_loops:
         log_telemetry(model, at.step, stream, ctx)
     save_checkpoint(folder, optim, average, at, ctx)
-    return Trained(latents, averaged, hessians, k_scale, at)
+    return Trained(averaged, hessians, k_scale, at)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1414,7 +1394,7 @@ def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, 
 
 def score_artifact(artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation) -> dict:
     """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
-    if artifact.tokenizer != val.tokenizer:
+    if artifact.tokenizer != val.identity:
         raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     model.load_state_dict(artifact.tensors)
     started = time.perf_counter()
@@ -1479,11 +1459,11 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     trained = train(config, ctx, model, k_scale, stream, folder)
     found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
     path, judge = folder / "artifact.lg", build_judge(config, ctx)
-    for name, weights in (("trained", dict(model.named_parameters())), ("averaged", trained.averaged)):
+    for name, weights in (("trained", model.state_dict()), ("averaged", trained.averaged)):
         if name in config.also.split(","):
             judge.load_state_dict(weights)
             found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
-    export(config, ctx, model, trained, val.tokenizer, path)
+    export(config, ctx, model, trained, val.identity, path)
     found |= score_artifact(load_artifact(path), judge, config, ctx, val)
     result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
     if ctx.rank == 0:

@@ -2,8 +2,8 @@
 
     8 bytes  magic "LOOPGOLF"    u32 version    u32 header length    header: UTF-8 JSON
     payload: two compressed streams    last 32 bytes: sha256 of all before
-    header = {config: what the model needs, tokenizer: {sha256, vocab}, tensors: [{name, shape, bits, scheme, stream,
-              offset, bytes}], streams: [{codec, bytes, raw_bytes}]}
+    header = {config: the model and how it is scored, tokenizer: {sha256, vocab}, tensors: [{name, shape, bits, scheme,
+              stream, offset, bytes}], streams: [{codec, bytes, raw_bytes}]}
 
 Nothing in a file is executed, and nothing in it is believed before it was checked: its table of tensors has to be the
 one that follows from its config. What tensors a config has, only the model knows: `shapes_of` tells, in their order,
@@ -26,10 +26,10 @@ import zstandard
 from torch import Tensor
 
 from contracts.errors import ArtifactError
-from kernels.quantize import Grid, dequantize_tensor
+from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
 from kernels.rans import decode_matrices, encode_matrices
 
-MAGIC, VERSION = b"LOOPGOLF", 1
+MAGIC, VERSION = b"LOOPGOLF", 2
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
 CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
 Shapes = dict[str, tuple[int, ...]]
@@ -78,6 +78,19 @@ def build_layout(shapes: Shapes, bits: dict[str, int]) -> list[dict]:
         layout.append(entry | dict(bytes=math.prod(shape) * (1 if is_code else 2)))
         ends[stream] += layout[-1]["bytes"]
     return layout
+
+
+def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
+    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
+    tensors = {}
+    for name, grid in grids.items():
+        weight, hessian = weights[name], hessians.get(name)
+        if not grid:
+            tensors[name] = weight.half()
+            continue
+        rounded = quantize_tensor(weight, grid) if hessian is None else round_with_feedback(weight, hessian, grid)
+        tensors[name], tensors[f"{name}.step"] = rounded
+    return tensors
 
 
 def pack_artifact(stored: dict, tensors: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:

@@ -77,7 +77,7 @@ class Plan(Group):
 
 @functools.lru_cache
 def parse_plan(text: str) -> Plan:
-    """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
+    """The plan that a text stands for; errors point at the character."""
     names, opened, at = {}, [], 0
     item = "a block letter or '(' (nested at most 16 deep)"
 

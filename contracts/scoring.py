@@ -115,7 +115,10 @@ class WindowScorer:
 
     A pass over the tokens consists of tracks that do not know of each other, a track of chunks: the windows of a chunk
     are scored, then the scorer may observe them and adapt before the next chunk. Ranks share the windows of a chunk,
-    or, with is_per_document, the tracks."""
+    or, with is_per_document, the tracks.
+
+    A model is what gives states for model(tokens, cache=, lora=) and has logits(states), loss(tokens, targets) and
+    is_compiled; for adapters its blocks have the linear layers qkv, out, up and down."""
 
     is_per_document = False
     stretch = 5  # length of a banded window over seq_len: all but `band` of it is scored

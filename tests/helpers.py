@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import torch
 
 import train_gpt
-from contracts.artifact import pack_artifact
+from contracts.artifact import pack_artifact, quantize_weights
 from contracts.context import Log, RunContext
 from kernels.quantize import Grid
 
@@ -54,7 +54,7 @@ def plan_grids(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str
 def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer: dict) -> bytes:
     """An artifact of these weights, plainly rounded."""
     bits = {name: grid.bits for name, grid in grids.items() if grid}
-    return pack_artifact(config.stored(), train_gpt.quantize_weights(weights, grids, {}), bits, tokenizer)
+    return pack_artifact(config.stored(), quantize_weights(weights, grids, {}), bits, tokenizer)
 
 
 def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:

@@ -50,7 +50,7 @@ def split(content: bytes) -> tuple[dict, list[bytes]]:
 
 def seal(header: dict | bytes, streams: list[bytes]) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    body = b"LOOPGOLF" + struct.pack("<II", 1, len(raw)) + raw + b"".join(streams)
+    body = b"LOOPGOLF" + struct.pack("<II", 2, len(raw)) + raw + b"".join(streams)
     return body + hashlib.sha256(body).digest()
 
 
@@ -99,7 +99,7 @@ def test_the_same_weights_give_the_same_bytes(model, content):
 
 def test_layout(model, content):
     header, streams = split(content)
-    assert content[:8] == b"LOOPGOLF" and struct.unpack("<I", content[8:12]) == (1,)
+    assert content[:8] == b"LOOPGOLF" and struct.unpack("<I", content[8:12]) == (2,)
     assert content[-32:] == hashlib.sha256(content[:-32]).digest()
     assert set(header) == {"config", "tokenizer", "tensors", "streams"} and header["tokenizer"] == TOKENIZER
     fields = {"name", "shape", "bits", "scheme", "stream", "offset", "bytes"}
@@ -143,7 +143,7 @@ def test_any_other_file(data):
 
 
 def test_wrong_version_and_header_length(content):
-    for at, value, word in [(8, 2, "version"), (8, 0, "version"), (12, 1 << 31, "header"), (12, len(content), "header")]:
+    for at, value, word in [(8, 1, "version"), (8, 3, "version"), (8, 0, "version"), (12, 1 << 31, "header"), (12, len(content), "header")]:
         damaged = content[:at] + struct.pack("<I", value) + content[at + 4 : -32]
         assert word in refuse(damaged + hashlib.sha256(damaged).digest())
     for value in (0, 10):

@@ -33,7 +33,7 @@ for recipe in RECIPES:
         optim = Optimizers(model, latents, config, ctx)
         latents.publish()
         batch = torch.zeros(2, 4, 64, dtype=torch.long, device=device)
-        loss = train_gpt.train_step(model, optim, batch, Settings(1.0, 0.9, config.depth), config, ctx)
+        loss = train_gpt.train_step(model, optim, batch, Settings(1.0, 0.9, config.depth), ctx)
         assert loss.device == device and all(w.device == device for w in latents.weights.values())
         train_gpt.WeightAverage(config).update(latents.weights, 0, 1.0)
         tokens = torch.zeros(300, dtype=torch.long)

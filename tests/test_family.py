@@ -468,7 +468,7 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     batch = train_gpt.split_span(draw_tokens(config, 129), config, ctx)
     for depth in range(9):
         assert torch.allclose(model(batch[0], depth), plain(batch[0], depth), atol=1e-4)
-        train_gpt.train_step(model, optim, batch, train_gpt.Settings(0.0, 0.9, depth), config, ctx)
+        train_gpt.train_step(model, optim, batch, train_gpt.Settings(0.0, 0.9, depth), ctx)
     assert graphs() == warm > 0
 
 

@@ -50,6 +50,12 @@ def test_imports_point_one_way(path):
             assert name.split(".")[0] in sys.stdlib_module_names | {"torch", "triton"}, f"{path}: {name}"
 
 
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if not room.endswith(".py")])
+def test_a_room_is_a_package(room):
+    """A folder without this file gives way to any package of its name that is installed."""
+    assert (ROOT / room / "__init__.py").is_file()
+
+
 @pytest.mark.parametrize("moe_experts", [0, 2])
 def test_the_counted_files_are_those_that_a_run_imports(moe_experts):
     """Which the log proves by their hash, and the packer finds by following imports."""

@@ -13,7 +13,6 @@ from test_model import draw_tokens, mix_one_by_one
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-import train_gpt
 from kernels.attention import Cache
 from kernels.moe import MoE, balance_losses, choose, dense_ref, dispatch
 from kernels.quantize import Grid, quantize_tensor, round_with_feedback
@@ -253,7 +252,8 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(
-        train_gpt, "round_with_feedback", lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g)
+        "contracts.artifact.round_with_feedback",
+        lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g),
     )
     limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
     settings = MIXED | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_tokens=200, score_mode=mode)

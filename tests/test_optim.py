@@ -66,7 +66,7 @@ def test_without_a_gradient_matrices_and_tables_shrink_and_vectors_stay():
 def test_a_learning_rate_of_zero_changes_nothing():
     config, model, latents, optim = build()
     before = copies(latents)
-    train_step(model, optim, draw_batch(config), Settings(0.0, 0.9, 1), config, tiny_context())
+    train_step(model, optim, draw_batch(config), Settings(0.0, 0.9, 1), tiny_context())
     assert all(torch.equal(w, before[n]) for n, w in latents.weights.items())
 
 
@@ -174,7 +174,7 @@ def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(micro_batch
         config, model, latents, optim = build(micro_batch=size, grad_clip=0.0)
         grads = found.setdefault(size, [])
         monkeypatch.setattr(optim, "step", lambda settings, g=grads, lat=latents: g.append(lat.flat_grad.clone()))
-        loss = train_step(model, optim, draw_batch(config), FULL, config, tiny_context())
+        loss = train_step(model, optim, draw_batch(config), FULL, tiny_context())
         grads.append(loss)
     (whole, loss), (summed, other) = found[0], found[micro_batch]
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
@@ -188,7 +188,7 @@ def test_a_step_against_plain_autograd():
     inputs, targets = draw_batch(config)
     reference.loss(inputs, targets, 1).backward()
     optim.step = lambda settings: None
-    train_step(model, optim, (inputs, targets), FULL, config, tiny_context())
+    train_step(model, optim, (inputs, targets), FULL, tiny_context())
     for name, p in reference.named_parameters():
         torch.testing.assert_close(latents.weights[name].grad, p.grad, rtol=1e-5, atol=1e-7)
 
@@ -196,12 +196,12 @@ def test_a_step_against_plain_autograd():
 def test_state_and_load_continue_where_they_were():
     config, model, _, optim = build()
     batch, ctx = draw_batch(config), tiny_context()
-    train_step(model, optim, batch, FULL, config, ctx)
+    train_step(model, optim, batch, FULL, ctx)
     state = copy.deepcopy(optim.state())
-    train_step(model, optim, batch, FULL, config, ctx)
+    train_step(model, optim, batch, FULL, ctx)
     config, other, _latents, fresh = build(seed=2)
     fresh.load(state)
-    train_step(other, fresh, batch, FULL, config, ctx)
+    train_step(other, fresh, batch, FULL, ctx)
     assert all(torch.equal(p, other.state_dict()[n]) for n, p in model.state_dict().items())
 
 
@@ -210,7 +210,7 @@ def test_the_warm_up_leaves_no_trace(steps_before):
     config, model, latents, optim = build(loop_start=0.5, plan="a(b)*2")
     batch, ctx = draw_batch(config), tiny_context()
     for _ in range(steps_before):
-        train_step(model, optim, batch, FULL, config, ctx)
+        train_step(model, optim, batch, FULL, ctx)
     latents.publish()
     kept, random_state = copy.deepcopy((optim.state(), model.state_dict())), torch.get_rng_state()
     warm_up(model, optim, config, ctx)

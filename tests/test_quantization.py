@@ -4,7 +4,6 @@ from the byte limit, and weights that training computes with against those that 
 float32 on a CPU: pytest tests/test_quantization.py
 """
 
-
 import pytest
 import torch
 from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_model
@@ -187,7 +186,7 @@ def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, c
     optim = Optimizers(model, latents, config, tiny_context())
     tokens = torch.randint(config.vocab_size, (4, config.seq_len), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        train_step(model, optim, (tokens, tokens.roll(-1, 1)), Settings(1.0, 0.9, 1), config, tiny_context())
+        train_step(model, optim, (tokens, tokens.roll(-1, 1)), Settings(1.0, 0.9, 1), tiny_context())
     weights = {n: w.detach() for n, w in latents.weights.items()}
     content = pack_weights(config, weights, latents.grids, dict(sha256="", vocab=384))
     artifact = unpack_artifact(content, stored_shapes)

@@ -5,6 +5,7 @@ float32 on a CPU: pytest tests/test_scoring.py
 """
 
 import math
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.context import RunContext
-from contracts.scoring import BpbMeter, ByteCounter, Score, SgdScorer, WindowScorer, build_scorer, score_tokens
+from contracts.scoring import BpbMeter, ByteCounter, Score, Scoring, SgdScorer, WindowScorer, build_scorer, score_tokens
 from data.shards import TokenStream
 from kernels.attention import Cache
 
@@ -112,6 +113,18 @@ def score_one_by_one(model, tokens: torch.Tensor, length: int, stride: int, band
         logits = model.logits(model(tokens[None, start:t], cache=Cache(band))[:, -1])
         nats.append(-logits[0].double().log_softmax(-1)[tokens[t]].item())
     return nats
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_artifact_stores_is_all_that_scoring_needs(mode, tokens, counter):
+    """Rows of a batch share products, so even how many there are is a part of the score."""
+    config = tiny_config(score_mode=mode, moe_experts=2, moe_hidden=8)
+    known = config.stored()
+    stored = Scoring(**{field.name: known[field.name] for field in fields(Scoring)})
+    assert known.keys() >= {field.name for field in fields(Scoring)} >= {"score_batch", "seq_len", "score_mode"}
+    ctx = tiny_context()
+    nats = [score(mode, tiny_model(config), how, ctx, tokens, counter).nats for how in (config, stored)]
+    assert nats[0] == nats[1]
 
 
 CASES = [

@@ -417,7 +417,7 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     )  # fmt: skip
     ctx = replace(train_gpt.build_context(config, {}), log=Log(quiet=True))
     val = train_gpt.load_validation(config, ctx)
-    if artifact.tokenizer != val.tokenizer:
+    if artifact.tokenizer != val.identity:
         raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     model = train_gpt.build_model(config, ctx)
 

@@ -84,7 +84,7 @@ class Study:
         self.ctx = train_gpt.build_context(self.config, {})
         quiet = replace(self.ctx, log=Log(quiet=True))
         self.val = train_gpt.load_validation(self.config, quiet)
-        if self.artifact.tokenizer != self.val.tokenizer:
+        if self.artifact.tokenizer != self.val.identity:
             raise InputError(f"{self.config.tokenizer_file}: not the tokenizer of {path}; name its run's --data_path")
 
     def config_at(self, r: int) -> train_gpt.Config:

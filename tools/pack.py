@@ -107,16 +107,14 @@ def defined_by(line: ast.AST) -> set[str]:
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
 
-def keep_reachable(modules: dict[str, ast.Module]) -> None:
+def keep_reachable(tree: ast.Module) -> None:
     """Removes the definitions and imports that main() cannot reach, going by names alone: rather too many stay."""
-    lines = [line for tree in modules.values() for line in tree.body]
     kept, wanted = set(), {"main"}
     while wanted:
-        reached = [line for line in lines if id(line) not in kept and defined_by(line) & wanted]
+        reached = [line for line in tree.body if id(line) not in kept and defined_by(line) & wanted]
         kept |= {id(line) for line in reached}
-        wanted = set().union(*(names_in(line) for line in reached)) if reached else set()
-    for tree in modules.values():
-        tree.body = [line for line in tree.body if id(line) in kept or isinstance(line, ast.Expr)]
+        wanted = set().union(*(names_in(line) for line in reached))
+    tree.body = [line for line in tree.body if id(line) in kept]
 
 
 class DropImports(ast.NodeTransformer):
@@ -135,7 +133,7 @@ class DropImports(ast.NodeTransformer):
 
 def fuse(modules: dict[str, ast.Module]) -> ast.Module:
     """One module of all: what they import, each name once, then their lines: a module's behind those of the modules
-    that it imports, the entry's last."""
+    that it imports, the entry's last. A name has to mean the same everywhere."""
     imports, lines, owners = {}, [], {}
     needs = {name: sorted(modules.keys() & imported_by(modules[name])) for name in sorted(modules)}
     needs[ENTRY] = [name for name in needs if name != ENTRY]
@@ -174,9 +172,12 @@ def is_constexpr(arg: ast.arg) -> bool:
 def keywords_in(tree: ast.Module) -> set[str]:
     """Names of the parameters that the code may give by keyword to a function of its own."""
     imports = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
-    others = {"dict"}.union(*map(defined_by, imports)) - {"functools"}  # partial() hands on what it is given
+    others = {"dict"}.union(*map(defined_by, imports)) - {"functools", "partial"}  # which hands on what it is given
     found = set()
     for node in ast.walk(tree):
+        bound = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
+        if bound in others and not isinstance(getattr(node, "ctx", None), ast.Load):
+            raise PackError(f"{bound} is a module or a library's name and a variable too; rename the variable")
         if isinstance(node, ast.Call):
             root = node.func
             while isinstance(root, ast.Attribute):
@@ -214,10 +215,10 @@ def minify(tree: ast.Module, public: set[str]) -> str:
 
 def pack(modules: dict[str, ast.Module]) -> tuple[bytes, int]:
     """The script, and the characters in it before compression."""
-    for tree in modules.values():
-        drop_annotations(tree)
-    keep_reachable(modules)
-    text = minify(fuse(modules), {"main"})
+    tree = fuse(modules)
+    drop_annotations(tree)
+    keep_reachable(tree)
+    text = minify(tree, {"main"})
     code = bz2.compress(f"{START}\0{text}".encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

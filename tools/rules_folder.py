@@ -180,8 +180,10 @@ def code(entry: Entry) -> Found:
     known = {hash_sources(sources)}
     try:
         known.add(hash_sources({"train_gpt.py": unpack_zip(entry.script.read_bytes())}))
-    except (ScriptError, Unreadable) as error:
+    except ScriptError as error:
         yield BAD, f"train_gpt.py was not packed from train_gpt_human.py: {error}"
+    except Unreadable as error:
+        yield UNKNOWN, f"train_gpt.py: {error}"
     for log in entry.logs:
         if log.last("run").get("code_sha256") not in known:
             yield BAD, f"{log.who} ran other code than train_gpt_human.py holds (code_sha256 in its log)"

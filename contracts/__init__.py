@@ -1,0 +1,1 @@
+"""What others rely on, and a run stands on: a file for each."""
