@@ -23,8 +23,8 @@ gpu: .SHELLFLAGS := -o pipefail -c
 gpu: .venv/ready
 	$(PY) -m data.localtext
 	($(PY) -m kernels.check && \
-	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --micro_batch 64 && \
-	$(PY) train_gpt.py --recipe 4b7l --data_path data/local --max_wallclock_seconds 180 --batch_tokens 131072 \
+	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --device cuda --micro_batch 64 && \
+	$(PY) train_gpt.py --recipe 4b7l --device cuda --data_path data/local --max_wallclock_seconds 180 --batch_tokens 131072 \
 	--score_mode banded --also trained,plain --run_id gpu-$(shell date +%Y%m%d-%H%M%S)) 2>&1 | tee gpu.log
 
 # the stamp is written last, so an interrupted installation starts again

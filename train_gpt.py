@@ -166,7 +166,7 @@ class Config(Stored):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the forward and backward pass compute in
     compile: str = "auto"  # auto, none, block (each block once) or full (the whole graph)
-    checkpoint_every_s: float = 60.0  # seconds between checkpoints (0 = only when interrupted)
+    checkpoint_every_s: float = 300.0  # seconds between checkpoints (0 = only when interrupted)
     log_every: int = 10  # steps between two train lines
 
     def __post_init__(self) -> None:
@@ -229,7 +229,7 @@ class Config(Stored):
 # What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
 LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
 SIMPLE = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
-BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
+BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0, score_batch=4)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
@@ -373,7 +373,9 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
     mode = choose("compile", "full" if on_gpu and not parse_plan(config.plan).is_variable else "block")
     log = Log(quiet=rank != 0)
-    if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
+    if mode != "none" and not config.dry_run and (fault := find_compiler_fault(device)):
+        if on_gpu:  # too dear to go on at half the speed
+            raise ConfigError(f"compile={config.compile}: {fault}; mend that, or --compile none")
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
     return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
@@ -1144,9 +1146,9 @@ def train_step(
         optim.latents.collect()
         total += loss.detach()
     n_micro = len(inputs) // size
-    optim.latents.reduce(ctx.sum, 1 / (n_micro * ctx.world), config.grad_clip)
+    norm = optim.latents.reduce(ctx.sum, 1 / (n_micro * ctx.world), config.grad_clip)
     optim.step(settings)
-    return total / n_micro
+    return total / n_micro + 0 * norm  # a gradient that is not finite shows in the loss
 
 
 def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
@@ -1285,8 +1287,8 @@ def train(
             if is_stopped:
                 raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
         averaged = average.result(latents.weights)
-        # a calibration batch is only a forward pass: one that starts a step's length before the end is done in time
-        deadline_s = config.max_wallclock_seconds - max(budget.recent, default=0.0)
+        # a calibration batch is a forward pass, not compiled: one that starts four steps before the end is done in time
+        deadline_s = config.max_wallclock_seconds - 4 * max(budget.recent, default=0.0)
         left = None if config.iterations else lambda: deadline_s - clock.read()
         hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
         at.used_s = clock.stop()
@@ -1439,7 +1441,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
     config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
     folder = Path(config.resume or f"runs/{config.run_id}")
-    if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
+    is_taken = torch.tensor([float(not config.resume and (folder / "config.json").exists())], device=ctx.device)
+    if any(ctx.gather(is_taken)):  # all ranks stop, or those that do not would wait for the others
         raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
     val = load_validation(config, ctx)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
@@ -1481,22 +1484,25 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
         ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
+        elif config.score:
+            score_only(config, source, ctx)
         else:
-            (score_only if config.score else run)(config, source, ctx)
+            run(config, source, ctx)
         if ctx.world > 1:
             dist.barrier()  # no rank takes the group from one that still uses it
+            dist.destroy_process_group()
         return 0
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough
     except (Stop, DataError, OSError) as error:
-        if environ.get("RANK", "0") == "0":
+        if environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # nccl would wait for ranks that did not fail
             dist.destroy_process_group()
 
 

@@ -107,10 +107,10 @@ def pack_artifact(stored: dict, tensors: dict[str, Tensor], bits: dict[str, int]
 
 
 def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
-    """The codec that makes a stream smallest, and its bytes. zstd-22 takes long and mostly loses on codes, so there it
-    is only tried when a quick level comes near."""
+    """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
+    loses on them, so there it is only tried where a quick level wins already."""
     choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(raw, 3)) < 1.1 * len(choices["rans"]):
+    if not matrices or len(zstandard.compress(raw, 3)) < len(choices["rans"]):
         choices["zstd"] = zstandard.compress(raw, 22)
     codec = min(choices, key=lambda name: len(choices[name]))
     return codec, choices[codec]

@@ -86,10 +86,10 @@ class RunContext:
         return parts
 
     def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
-        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: the one sync of a step."""
+        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: all that a step waits for."""
         mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
-        rows = torch.stack(self.gather(mine))
-        return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
+        losses, clocks, stops = torch.stack(self.gather(mine), 1).tolist()  # sync
+        return sum(losses) / self.world, max(clocks), any(stops)
 
 
 class Clock:
@@ -141,10 +141,10 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
 
 
-def find_compiler_fault() -> str:
+def find_compiler_fault(device: torch.device) -> str:
     """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:
         return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
     return ""

@@ -129,6 +129,7 @@ class WindowScorer:
         self.band = (config.band or L) if layout == "banded" else L
         self.length, self.stride = (self.stretch * L,) * 2 if layout == "banded" else (L, L)
         self.stride = {"plain": L, "sliding": config.stride, "banded": self.length - self.band}[layout]
+        self.rows = config.score_batch  # windows in a forward pass
         self.lora: dict[str, dict] = {}
         self.updates = self.skipped = 0  # adaptation: updates made, and updates that the time did not allow
         self.update_s = 0.0  # seconds of the slowest update
@@ -143,9 +144,9 @@ class WindowScorer:
 
     def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
-        score_batch of them, are padded to one shape if that saves compilation: what stands behind a token, or in
+        `rows` of them, are padded to one shape if that saves compilation: what stands behind a token, or in
         another row, cannot change its states."""
-        L, rows = self.config.seq_len, self.config.score_batch if self.model.is_compiled else len(windows)
+        L, rows = self.config.seq_len, self.rows if self.model.is_compiled else len(windows)
         inputs = torch.full((rows, self.length), self.config.bos_id)
         for row, w in zip(inputs, windows):
             row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
@@ -179,8 +180,8 @@ class WindowScorer:
         count = 1 + max(self.length, self.config.ttt_batch * self.config.seq_len)
         tokens = torch.randint(self.config.vocab_size, (count,), generator=generator)
         tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
-        chunk = self.tracks(tokens)[0][0][: self.config.score_batch]
-        for _ in self.log_probs(tokens, chunk):
+        chunk = self.tracks(tokens)[0][0]
+        for _ in self.log_probs(tokens, chunk[: self.rows]):
             pass
         self.observe(tokens, chunk, 0.0, math.inf)
         self.reset()
@@ -200,6 +201,7 @@ class SgdScorer(WindowScorer):
 
     def __init__(self, model: nn.Module, config: Scoring, ctx: RunContext):
         super().__init__(model, config, ctx, "banded")
+        self.rows = min(self.rows, -(-config.ttt_chunk // self.stride // ctx.world))  # a rank's share of a chunk
         self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
         for name, p in model.named_parameters():
@@ -299,7 +301,7 @@ def build_scorer(mode: str, model: nn.Module, config: Scoring, ctx: RunContext) 
 def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", deadline: float = math.inf) -> None:
     """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it. Adaptation stops when
     the rest, scored without it, would just be done by the deadline."""
-    ctx, size = scorer.ctx, scorer.config.score_batch
+    ctx, size = scorer.ctx, scorer.rows
     tracks = scorer.tracks(tokens)
     if scorer.is_per_document:
         tracks = tracks[ctx.rank :: ctx.world]

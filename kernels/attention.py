@@ -15,8 +15,9 @@ from torch import Tensor
 
 class Cache:
     """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
-    look back on two), keys and values for the last window - 1. `repetitions` of the *r group keep keys and values of
-    their own; what comes deeper shares those of the last, so that 1 keeps those of the final repetition only."""
+    look back on two), keys and values for the last window: one more than is seen, so that lengths stay round.
+    `repetitions` of the *r group keep keys and values of their own; what comes deeper shares those of the last, so
+    that 1 keeps those of the final repetition only."""
 
     def __init__(self, window: int, repetitions: int = 256):
         self.window, self.repetitions = window, repetitions
@@ -28,24 +29,33 @@ class Cache:
         return self.kept[0][0].shape[1] if self.kept else 0
 
     def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
-        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
+        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window) :] for t in pair)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
     """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
     q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
+    return (attend_in_blocks if q.device.type == "cpu" else attend_fused)(q, k, v, window, docs)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
-    if q.device.type != "cpu":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = None
-        if past or window < L or docs is not None:
-            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
-            mask = (lag >= 0) & (lag < window)
-        if docs is not None:
-            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
-        return y.transpose(1, 2).reshape(B, T, H * K)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None
+    if past or window < L or docs is not None:
+        lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+        mask = (lag >= 0) & (lag < window)
+        k, v = (t.repeat_interleave(H // J, 1) for t in (k, v))  # few of the kernels that take a mask share heads
+    if docs is not None:
+        mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
+    return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
     # the query heads that share keys are rows of one product
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)

@@ -2,7 +2,9 @@
 
 Truth is the PyTorch form in float32. An output or gradient passes when its error is at most twice that of the PyTorch
 form in bfloat16. Times are medians at the shape of recipe 4b7l on one of eight GPUs, forward and backward together,
-against the PyTorch form as train_gpt.py would run it (compiled where it is part of a compiled graph).
+against the PyTorch form as train_gpt.py would run it (compiled where it is part of a compiled graph). Attention is
+PyTorch's own: it is checked against plain products, as the library chooses by itself and with each of its kernels
+alone, in training's shape and with the mask of a scoring window; a kernel that does not take a shape says so.
 
 Example:
     python -m kernels.check
@@ -17,8 +19,9 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import head, mlp, newton_schulz, quantize
+from kernels import attention, head, mlp, newton_schulz, quantize
 
 MOST = 2.0  # times the error of PyTorch in bfloat16
 FLOOR = 1e-5  # errors below are luck: a mean over many rows is nearly exact in any dtype
@@ -84,6 +87,45 @@ def build_cases() -> list[Case]:
     return cases
 
 
+def draw_heads(batch: int, queries: int, keys: int) -> list[Tensor]:
+    """32 heads of 32, four to a key-value head, as recipe 4b7l has them."""
+    return [torch.randn(batch, n, heads, 32).bfloat16() for n, heads in ((queries, 32), (keys, 8), (keys, 8))]
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    (queries, heads), (keys, shared) = q.shape[1:3], k.shape[1:3]
+    k, v = (t.repeat_interleave(heads // shared, 2) for t in (k, v))
+    lag = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    scores = torch.einsum("bqhk,blhk->bhql", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill((lag < 0) | (lag >= window), -torch.inf).softmax(-1)
+    return torch.einsum("bhql,blhk->bqhk", weights, v).flatten(2)
+
+
+def check_attention() -> bool:
+    """Of the kernels only the one that the library chooses by itself has to be right."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.attend(q, k, v, 2048, None)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_plainly(q, k, v, 2048)
+
+    is_right = True
+    for name, shape in (("training", (4, 2048, 2048)), ("window", (4, 2048, 4096))):
+        is_right &= check(Case(f"attention_{name}", attend, plain, (shape,), draw_heads, name == "training"))
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            case = Case(f"attention_{name}_{backend.name.split('_')[0].lower()}", attend, plain, (shape,), draw_heads,
+                        name == "training")  # fmt: skip
+            torch.compiler.reset()  # or the graph of another kernel would serve
+            try:
+                with sdpa_kernel(backend):
+                    check(case)
+            except RuntimeError as error:
+                print(f"# {case.name}: {str(error).splitlines()[0]}")
+        torch.compiler.reset()
+    return is_right
+
+
 def compute_all(function: Callable[..., Tensor], inputs: list[Tensor], has_gradients: bool) -> list[Tensor]:
     """The output, and the gradient of every input that can have one."""
     if not has_gradients:
@@ -146,7 +188,7 @@ def main() -> int:
     torch.set_float32_matmul_precision("highest")  # truth is not computed with 10 bits
     torch.manual_seed(0)
     with torch.device("cuda"):
-        passed = [check(case) for case in build_cases()]
+        passed = [check(case) for case in build_cases()] + [check_attention()]
     return 0 if all(passed) else 1
 
 

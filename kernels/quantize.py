@@ -113,13 +113,14 @@ class Latents:
                 self.weights[name].grad.add_(p.grad)
                 p.grad = None
 
-    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], share: float, clip: float) -> None:
-        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
-        which is not finite then either, stops the run with weights that are still good."""
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], share: float, clip: float) -> Tensor:
+        """Sums over ranks, scales by `share`, clips the norm and returns it. A gradient that is not finite becomes
+        zero, so that a run which stops at such a norm has weights that are still good."""
         grad = sum_over_ranks(self.flat_grad).mul_(share)
         norm = grad.norm()
         factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
         grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
+        return norm
 
     @torch.no_grad()
     def publish(self) -> None:

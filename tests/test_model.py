@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from kernels.attention import Cache, attend
+from kernels.attention import Cache, attend_fused, attend_in_blocks
 from kernels.head import softcap_logits
 from train_gpt import RECIPES, Config, LoopedGPT, Reach
 
@@ -245,7 +245,7 @@ def test_the_embedding_does_not_look_across_a_document_start():
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("past", "window", "has_docs"), [(0, 999, False), (0, 150, True), (37, 90, True), (37, 20, False)])
-def test_attention_in_blocks_is_that_with_a_dense_mask(heads, past, window, has_docs):
+def test_both_forms_of_attention_are_that_with_a_dense_mask(heads, past, window, has_docs):
     B, T, J, K = 2, 201, 2, 8
     generator = torch.Generator().manual_seed(heads)
     q, k, v = (torch.randn(B, n, h, K, generator=generator) for n, h in ((T, heads * J), (past + T, J), (past + T, J)))
@@ -255,7 +255,8 @@ def test_attention_in_blocks_is_that_with_a_dense_mask(heads, past, window, has_
     if has_docs:
         mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
     y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, enable_gqa=True)
-    torch.testing.assert_close(attend(q, k, v, window, docs), y.transpose(1, 2).reshape(B, T, -1), rtol=0, atol=1e-5)
+    for form in (attend_in_blocks, attend_fused):
+        torch.testing.assert_close(form(q, k, v, window, docs), y.transpose(1, 2).reshape(B, T, -1), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -291,7 +292,7 @@ def test_a_long_stream_in_pieces_equals_the_stream_at_once():
     at_once, cache = model(tokens, None, Cache(8)), Cache(8)
     found = torch.cat([model(piece, None, cache) for piece in tokens.split([3, 20, 1, 16], 1)], 1)
     torch.testing.assert_close(found, at_once, atol=1e-5, rtol=0)
-    assert cache.length == 7
+    assert cache.length == 8
 
 
 @pytest.mark.parametrize("window", [4, 8])

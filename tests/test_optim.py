@@ -130,12 +130,22 @@ def test_gradients_are_scaled_and_clipped_as_one(clip):
     assert some.grad.data_ptr() != 0 and some.grad.norm() > 0, "the weights' gradients are views of it"
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_step(bad):
+    """Of a kernel's backward pass, say: the loss itself was good, and a run that went on would learn no more."""
+    config, model, _, optim = build()
+    before = train_step(model, optim, draw_batch(config), FULL, tiny_context())
+    model.blocks["b"].down.weight.register_hook(lambda grad: grad * bad)
+    after = train_step(model, optim, draw_batch(config), FULL, tiny_context())
+    assert before.isfinite() and not after.isfinite() and all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_leaves_finite_weights(bad):
     _, model, latents, optim = build()
     latents.flat_grad.fill_(1.0)
     latents.flat_grad[17] = bad
-    latents.reduce(tiny_context().sum, 1.0, 1.0)
+    assert not latents.reduce(tiny_context().sum, 1.0, 1.0).isfinite()
     assert not latents.flat_grad.any()
     optim.step(FULL)
     assert all(w.isfinite().all() for w in [*latents.weights.values(), *model.state_dict().values()])

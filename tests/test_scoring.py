@@ -115,6 +115,18 @@ def score_one_by_one(model, tokens: torch.Tensor, length: int, stride: int, band
     return nats
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_pass_has_no_more_rows_than_a_rank_can_fill(mode, world, tokens):
+    """Its shapes are fixed, so what a short batch lacks is padded: a chunk's share of a rank may be two windows."""
+    config = tiny_config(score_batch=16, ttt_chunk=512, stride=2)
+    scorer = build_scorer(mode, MODEL, config, tiny_context(0, world))
+    text = torch.cat([tokens] * 8)
+    chunks = [chunk for track in scorer.tracks(text) for chunk in track]
+    share = max(map(len, chunks)) if scorer.is_per_document else -(-max(map(len, chunks)) // world)
+    assert scorer.rows == min(config.score_batch, share) if mode == "sgd" else scorer.rows == config.score_batch
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_an_artifact_stores_is_all_that_scoring_needs(mode, tokens, counter):
     """Rows of a batch share products, so even how many there are is a part of the score."""

@@ -170,21 +170,30 @@ def is_constexpr(arg: ast.arg) -> bool:
 
 
 def keywords_in(tree: ast.Module) -> set[str]:
-    """Names of the parameters that the code may give by keyword to a function of its own."""
-    imports = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
-    others = {"dict"}.union(*map(defined_by, imports)) - {"functools", "partial"}  # which hands on what it is given
-    found = set()
+    """Names of parameters that some call may give by keyword. By names alone: a call reaches the functions of the name
+    that it calls, and those that are handed around as values; whatever is called, __call__ or forward may be behind."""
+    takes, values, called = {}, {"__call__", "forward"}, set()
     for node in ast.walk(tree):
-        bound = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
-        if bound in others and not isinstance(getattr(node, "ctx", None), ast.Load):
-            raise PackError(f"{bound} is a module or a library's name and a variable too; rename the variable")
-        if isinstance(node, ast.Call):
-            root = node.func
-            while isinstance(root, ast.Attribute):
-                root = root.value
-            if not isinstance(root, ast.Name) or root.id not in others:
-                found |= {keyword.arg for keyword in node.keywords}
-    return found
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            names = {arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]}
+            takes.setdefault(getattr(node, "name", "__call__"), set()).update(names)
+        elif isinstance(node, ast.Call):
+            called.add(id(node.func))
+        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in called:  # a call comes before what it calls
+            values.add(name_of(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            takes.setdefault(node.name, set()).update(takes.get("__init__", ()))
+    loose = set().union(*(takes.get(name, ()) for name in values))
+    others = set(dir(builtins)) - takes.keys()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and name_of(node.func) not in others]
+    return set().union(*(
+        {keyword.arg for keyword in call.keywords} & (loose | takes.get(name_of(call.func), set())) for call in calls
+    ))  # fmt: skip
+
+
+def name_of(node: ast.AST) -> str:
+    return getattr(node, "id", getattr(node, "attr", ""))
 
 
 def minify(tree: ast.Module, public: set[str]) -> str:
