@@ -12,15 +12,14 @@ this code, and the score (bits per byte) is computed from that file, reloaded.
     python train_gpt.py --score runs/ID/artifact.lg              score a finished file
 
 Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
-9 evaluation, 10 training, 11 main. Dimension letters: B batch, T tokens, D width, H heads, G query heads per
-key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
+9 evaluation, 10 training, 11 main. What others rely on, such as the plan language, the file format and the rules of the
+score, is in contracts/; heavy operations are in kernels/. Dimension letters: B batch, T tokens, D width, H heads,
+G query heads per key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import difflib
 import functools
 import hashlib
 import io
@@ -30,16 +29,13 @@ import os
 import pickle
 import platform
 import re
-import signal
-import struct
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import sentencepiece
@@ -49,14 +45,18 @@ import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
+from contracts.artifact import Artifact, Shapes, pack_artifact, quantize_weights, unpack_artifact, write_atomic
+from contracts.context import Clock, Log, RunContext, StopSignals, find_compiler_fault, keep_freed_memory
+from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
+from contracts.options import describe_options, did_you_mean, holds_fields, parse_command_line, parse_environment
+from contracts.plan import Pass, parse_pass_set, parse_plan
+from contracts.scoring import BpbMeter, ByteCounter, Score, Scoring, build_scorer, score_tokens
 from data.shards import DataError, TokenStream, find_shards
-from kernels.attention import attend, rotate
+from kernels.attention import Cache, attend, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
-from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
-from kernels.rans import decode_matrices, encode_matrices
+from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -64,19 +64,9 @@ from kernels.rans import decode_matrices, encode_matrices
 # One frozen value holds every setting. A recipe is a named set of overrides; environment and command line come after.
 
 
-class Stop(Exception):
-    """Ends the run with one line that names what is wrong and how to mend it."""
-
-    exit_code = 2
-
-
-class ConfigError(Stop):
-    """A setting that cannot work."""
-
-
 @dataclass(frozen=True)
-class Stored:
-    """What travels in the artifact: the shape of the model, and how the run said that it would be scored."""
+class Architecture:
+    """What the model is."""
 
     plan: str = "abcdabc"  # order in which the physical blocks are applied
     depth: int = 4  # repetitions of the group marked *r in the plan; their mean when they are sampled
@@ -84,8 +74,6 @@ class Stored:
     bptt: int = 0  # gradients flow through this many last repetitions of the *r group (0 = all)
     score_depth: int = 0  # repetitions while scoring (0 = depth)
     skips: str = "unet"  # none, or unet: the first half of the passes feeds the second in reverse
-    vocab_size: int = 1024  # size of the tokenizer's vocabulary
-    bos_id: int = 1  # token that starts every document
     model_dim: int = 1024  # width of the residual stream
     inject: str = "concat"  # how ^ mixes the kept stream into the present one: concat (a matrix on both) or add
     block_norm: str = "pre"  # norms of a block: pre (before attention and MLP), sandwich (after each sum too)
@@ -103,7 +91,6 @@ class Stored:
     num_kv_heads: int = 8  # key-value heads, shared by equal groups of query heads
     head_dim: int = 0  # width of a head (0 = model_dim / num_heads)
     mlp_mult: float = 2.0  # hidden width of the MLP over model_dim
-    seq_len: int = 2048  # tokens in a training sequence and in a scoring window
     rope_dims: int = 16  # dimensions of each head that rotate with position
     rope_base: float = 10000.0  # slowest wavelength of the rotation, in tokens over 2 pi
     qk_norm: bool = True  # norm queries and keys
@@ -116,19 +103,11 @@ class Stored:
     bigram_dim: int = 128  # width of the bigram table
     softcap: float = 30.0  # logits are squashed into plus or minus this (0 = they are not)
     doc_attention: bool = False  # attention stops at document boundaries
-    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
-    stride: int = 64  # tokens that a sliding window scores
-    band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
-    ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
-    ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
-    ttt_momentum: float = 0.9  # sgd: momentum
-    ttt_epochs: int = 3  # sgd: passes over each chunk
-    ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
-    ttt_clip: float = 1.0  # sgd: largest gradient norm
-    ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
-    lora_rank: int = 8  # lora: rank of the adapters that each document gets
-    lora_chunk: int = 256  # lora: tokens of a document that are scored before its adapters learn from them
-    lora_lr: float = 0.01  # lora: learning rate of the adapters (Adam)
+
+
+@dataclass(frozen=True)
+class Stored(Scoring, Architecture):  # fields go from the last base to the first
+    """What travels in the artifact: the model, and how the run said that it would be scored."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +158,6 @@ class Config(Stored):
 
     also: str = "trained,averaged,plain"  # diagnostics besides: trained, averaged, none or a score_mode
     score_tokens: int = 0  # score only this prefix of the validation tokens (0 = all)
-    score_batch: int = 32  # windows in one forward pass of a rank while scoring
     eval_budget: float = 600.0  # seconds for val_bpb: adaptation stops in time for the rest to be scored without it
 
     data_path: str = "data/fineweb_sp1024"  # dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model
@@ -191,7 +169,7 @@ class Config(Stored):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the forward and backward pass compute in
     compile: str = "auto"  # auto, none, block (each block once) or full (the whole graph)
-    checkpoint_every_s: float = 60.0  # seconds between checkpoints (0 = only when interrupted)
+    checkpoint_every_s: float = 300.0  # seconds between checkpoints (0 = only when interrupted)
     log_every: int = 10  # steps between two train lines
 
     def __post_init__(self) -> None:
@@ -254,7 +232,7 @@ class Config(Stored):
 # What recipes leave out: the smaller tables; exclusive attention, averages and decay; all but blocks in their order.
 LEAN = dict(ve_passes="none", smear=False, bigram_buckets=0)
 SIMPLE = LEAN | dict(xsa_passes="none", average="none", score_mode="plain", weight_decay=0.0)
-BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0)
+BARE = SIMPLE | dict(skips="none", pass_scales=False, q_gain=0.0, mlp_mult=4.0, byte_limit=0, score_batch=4)
 RECURSIVE = BARE | dict(
     plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, vocab_size=65536, tied=False, model_dim=1280,
     num_heads=10, num_kv_heads=10, rope_dims=128, softcap=15.0, momentum=0.95, beta1=0.8, grad_clip=1.0, warmdown=0.2,
@@ -330,45 +308,10 @@ LIMITS = {  # what is not listed lies between 0 and MOST; a config can come from
 }
 
 
-def did_you_mean(word: str, words) -> str:
-    near = difflib.get_close_matches(word, list(words), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def cast_option(name: str, text: str, default) -> object:
-    """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
-    kind = type(default)
-    try:
-        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
-
-
-def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
-    """`--name value`, `--name=value`, and a bare `--dry_run` for booleans."""
-    found, words = {}, deque(argv)
-    while words:
-        word = words.popleft()
-        name, has_value, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in defaults:
-            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
-            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
-        if not has_value:
-            is_bare = not words or words[0].startswith("--")
-            if is_bare and not isinstance(defaults[name], bool):
-                raise ConfigError(f"option {word} needs a value")
-            text = "1" if is_bare else words.popleft()
-        found[name] = cast_option(name, text, defaults[name])
-    return found
-
-
 def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict[str, str]]:
     """The config and where each value came from. Default < recipe (or the resumed run) < environment < command line."""
     defaults = {f.name: f.default for f in fields(Config)}
-    from_env = {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
-    on_line = parse_command_line(argv, defaults)
+    from_env, on_line = parse_environment(environ, defaults), parse_command_line(argv, defaults)
     given = from_env | on_line
     if given.get("resume"):
         folder = Path(given["resume"])
@@ -396,208 +339,15 @@ def load_started_config(folder: Path, given: dict[str, object]) -> dict:
     return stored
 
 
-def holds_fields(values, kind: type[Stored]) -> bool:
-    """Whether something read from JSON has exactly the fields of a config, each of its type."""
-    types = {f.name: type(f.default) for f in fields(kind)}
-    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
-
-
 def help_text() -> str:
-    """Every option with the comment behind its field; a packed script has no comments and lists the names."""
-    notes = dict(
-        re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    lines = [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(Config)]
     title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
-    return "\n".join([title, *lines])
-
-
-@dataclass
-class Pass:
-    """One application of a physical block."""
-
-    block: int
-    slot: int  # row of the per-pass tables
-    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
-    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
-    norm: bool = False  # a norm follows this pass
-    ends: bool = False  # a repetition of a group ends with this pass
-    left: int = -1  # inside the *r group: its repetitions that still follow
-
-
-@dataclass(frozen=True)
-class Group:
-    """`(items)*count` of a plan; count 0 stands for r."""
-
-    items: tuple[int | Group, ...]  # blocks are numbers
-    count: int = 1
-    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
-    norms: int = 0  # 1 between repetitions, 2 after each
-
-    def count_passes(self, depth: int) -> int:
-        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
-
-    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
-        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
-        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
-        passes, repetitions = [], self.count or rows
-        stride = self.count_passes(rows) // repetitions
-        last = (self.count or depth if depth else 1) - 1
-        for repetition in range(last + 1):
-            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
-            for item in self.items:
-                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
-                at += item.count_passes(rows) if isinstance(item, Group) else 1
-            passes[first].inject = self.inject + passes[first].inject
-            if repetition == 0:
-                passes[first].enter = self.inject + passes[first].enter
-            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
-            passes[-1].ends |= self.count != 1
-            if not self.count:
-                for p in passes[first:]:
-                    p.left = last - repetition
-        return passes
-
-
-@dataclass(frozen=True)
-class Plan(Group):
-    """A parsed loop plan."""
-
-    names: str = ""  # letters of the blocks in order of first appearance
-    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
-    is_variable: bool = False  # one group repeats r times
-
-    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
-        return tuple(self.expand(depth, rows))
-
-
-@functools.lru_cache
-def parse_plan(text: str) -> Plan:
-    """plan := item+; item := letter | '(' '^'? item+ '~'* ')' '*' count; count := integer | 'r'."""
-    names, opened, at = {}, [], 0
-    item = "a block letter or '(' (nested at most 16 deep)"
-
-    def take(pattern: str, expected: str = "") -> str:
-        nonlocal at
-        found = re.compile(pattern).match(text, at)
-        if not found:
-            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
-        at = found.end()
-        return found[0]
-
-    def items(nesting: int) -> tuple[int | Group, ...]:
-        found = []
-        while not found or re.match("[a-zA-Z(]", text[at:]):
-            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
-            if mark.isalpha():
-                found.append(names.setdefault(mark, len(names)))
-                continue
-            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
-            opened.append(inject)
-            inner = items(nesting + 1)
-            norms = len(take("~{0,2}"))
-            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
-            take(r"\*", "'*' and a count, as in (ab)*3")
-            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
-            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
-            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
-        return tuple(found)
-
-    if len(text) > 1000:
-        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
-    tree = items(0)
-    take(r"\Z", item)
-    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
-
-
-def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
-    """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
-    passes = range(n_passes)
-    try:
-        if text in ("none", "all"):
-            chosen = passes if text == "all" else ()
-        elif text.startswith("last"):
-            chosen = range(n_passes - int(text[4:]), n_passes)
-        else:
-            chosen = [int(word) for word in text.split(",")]
-        if all(number in passes for number in chosen):
-            return frozenset(chosen)
-    except ValueError:
-        pass
-    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
+    return "\n".join([title, *describe_options(Config)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Run context
 # ----------------------------------------------------------------------------------------------------------------------
-# Where this process runs: rank, device, dtype, log. The ranks of a run only ever agree through the methods here.
-
-
-class Log:
-    """`event key:value …` lines, to the terminal and to files; free text goes on lines that start with #."""
-
-    def __init__(self, quiet: bool = False):
-        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
-
-    def open(self, path: Path) -> None:
-        if not self.quiet:
-            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
-            self.file.write(early)
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
-            print(text, file=self.file, flush=True)
-
-    def __call__(self, event: str, **pairs) -> None:
-        self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
-
-
-def format_value(value) -> str:
-    """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
-
-
-def progress_bar(total: float, unit: str, name: str, log: Log) -> tqdm:
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    # disable=None hides it where there is no terminal
-    return tqdm(total=total, unit=unit, desc=name, leave=False, disable=log.quiet or None, bar_format=form)
-
-
-@dataclass(frozen=True)
-class RunContext:
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-    compile: str
-    log: Log
-    code_bytes: int = 0
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every rank, in the order of ranks."""
-        if self.world == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return parts
-
-    def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
-        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: the one sync of a step."""
-        mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
-        rows = torch.stack(self.gather(mine))
-        return rows[:, 0].mean().item(), rows[:, 1].max().item(), bool(rows[:, 2].max().item())
+# Finds rank, device, dtype and compile mode, once; contracts/context.py says what they mean.
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
@@ -626,49 +376,12 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     # the whole graph fuses best, but takes a GPU's compiler minutes per depth; block by block it is compiled once
     mode = choose("compile", "full" if on_gpu and not parse_plan(config.plan).is_variable else "block")
     log = Log(quiet=rank != 0)
-    if mode != "none" and not config.dry_run and (fault := find_compiler_fault()):
+    if mode != "none" and not config.dry_run and (fault := find_compiler_fault(device)):
+        if on_gpu:  # too dear to go on at half the speed
+            raise ConfigError(f"compile={config.compile}: {fault}; mend that, or --compile none")
         log.line(f"# running uncompiled, about half as fast: {fault}")
         mode = "none"
     return RunContext(rank, world, device, getattr(torch, dtype), mode, log, code_bytes)
-
-
-def keep_freed_memory() -> None:
-    """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
-    costs a fault when it comes again: 8% of a step."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
-
-
-def find_compiler_fault() -> str:
-    """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
-    except Exception as error:
-        return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
-    return ""
-
-
-class Clock:
-    """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
-
-    def __init__(self, ctx: RunContext, used_s: float = 0.0):
-        self.ctx, self.used_s = ctx, used_s
-
-    def start(self) -> None:
-        self.ctx.sync()
-        self.ctx.log("clock", what="start", used_s=self.used_s)
-        self.started_at = time.perf_counter()
-
-    def read(self) -> float:
-        """Seconds used, once everything launched so far is done."""
-        self.ctx.sync()
-        return self.used_s + time.perf_counter() - self.started_at
-
-    def stop(self) -> float:
-        total = self.read()
-        self.ctx.log("clock", what="stop", used_s=total)
-        return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -706,23 +419,6 @@ def load_tokenizer(config: Config) -> tuple[sentencepiece.SentencePieceProcessor
     if tokenizer.vocab_size() != config.vocab_size:
         raise ConfigError(f"vocab_size={config.vocab_size}: {path} has {tokenizer.vocab_size()}; set --vocab_size")
     return tokenizer, hashlib.sha256(content).hexdigest()
-
-
-class ByteCounter:
-    """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
-    is a boundary (a control, unknown or unused id)."""
-
-    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
-        ids = range(tokenizer.vocab_size())
-        is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
-        pieces = [tokenizer.id_to_piece(i) for i in ids]
-        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
-        self.own_bytes, self.is_boundary = np.where(is_special, 0, own), np.array(is_special)
-        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
-
-    def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
-        spaces = self.has_space[targets] & ~self.is_boundary[previous]
-        return int(self.own_bytes[targets].sum() + spaces.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -773,9 +469,6 @@ class Budget:
         self.iterations, self.seconds = config.iterations, (1 - reserve) * config.max_wallclock_seconds
         self.recent = deque(maxlen=8)  # seconds of the latest steps
 
-    def add_step(self, seconds: float) -> None:
-        self.recent.append(seconds)
-
     def progress(self, step: int, used_s: float) -> float | None:
         """None when the next step would pass the budget. The last step always reaches 1, so that schedules end."""
         if self.iterations:
@@ -797,19 +490,6 @@ FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer;
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 
 
-def compute_gaussian_bits(grid: Grid) -> float:
-    """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
-    edges = (np.arange(-grid.largest, grid.largest) + 0.5) * (grid.k / grid.largest)
-    below = np.array([0.0, *(0.5 * (1.0 + math.erf(edge / math.sqrt(2))) for edge in edges), 1.0])
-    return compute_entropy(np.diff(below))
-
-
-def compute_entropy(weights: np.ndarray) -> float:
-    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
-    shares = weights[weights > 0] / weights.sum()
-    return float(-(shares * np.log2(shares)).sum())
-
-
 def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dict[str, Tensor] | None = None) -> int:
     """Size of the artifact without writing it: from the entropy of the weights' codes, or of Gaussian ones."""
     total = 6000.0  # header
@@ -817,10 +497,10 @@ def forecast_bytes(model: LoopedGPT, grids: dict[str, Grid | None], weights: dic
         if not (grid := grids[name]):
             total += 1.7 * p.numel()  # fp16, compressed a little
             continue
-        bits = compute_gaussian_bits(grid)
+        bits = grid.gaussian_bits()
         if weights:
             codes, _ = quantize_tensor(weights[name][:: 1 + len(p) // 256], grid)  # some hundred rows are enough
-            bits = compute_entropy(torch.bincount(codes.flatten().long() + 128, minlength=256).double().cpu().numpy())
+            bits = compute_entropy(codes)
         total += CODER_SHARE * bits * p.numel() / 8 + 2 * len(p)
     return int(total)
 
@@ -859,12 +539,6 @@ def plan_k_scale(config: Config, model: LoopedGPT) -> float:
     return solve_k_scale(lambda scale: forecast_bytes(model, build_grids(config, model, scale)), room, config)
 
 
-class DoesNotFit(Stop):
-    """The model cannot be stored within the byte limit."""
-
-    exit_code = 3
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Model
 # ----------------------------------------------------------------------------------------------------------------------
@@ -893,6 +567,9 @@ class Linear(nn.Module):
 def vector(*shape: int) -> nn.Parameter | None:
     """float32 whatever the matrices are; None where there is nothing of it."""
     return nn.Parameter(torch.empty(shape)) if all(shape) else None
+
+
+Watch = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
 
 
 class Reach(NamedTuple):
@@ -985,24 +662,6 @@ class Block(nn.Module):
             unit = F.normalize(own, dim=-1).unsqueeze(3)
             y = (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
         return y, kept
-
-
-class Cache:
-    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
-    look back on two), keys and values for the last window - 1. `repetitions` of the *r group keep keys and values of
-    their own; what comes deeper shares those of the last, so that 1 keeps those of the final repetition only."""
-
-    def __init__(self, window: int, repetitions: int = 256):
-        self.window, self.repetitions = window, repetitions
-        self.tokens: Tensor | None = None
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        return self.kept[0][0].shape[1] if self.kept else 0
-
-    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
-        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window + 1) :] for t in pair)
 
 
 class LoopedGPT(nn.Module):
@@ -1123,12 +782,7 @@ class LoopedGPT(nn.Module):
         return run(self, tokens, depth, cache, lora or {}, watch)
 
     def states(
-        self,
-        tokens: Tensor,
-        depth: int,
-        cache: Cache | None,
-        lora: dict[str, dict],
-        watch: Callable[[Pass, Tensor], Tensor] | None,
+        self, tokens: Tensor, depth: int, cache: Cache | None, lora: dict[str, dict], watch: Watch | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(B, T) tokens to normalised states (B, T, D), and the losses of every pass with a mixture. `depth` is the r
         of the plan (0: every group once). With a cache the tokens continue its stream. `lora` holds adapters by block
@@ -1226,43 +880,9 @@ def compute_flops(config: Config, depth: float, learned: float | None = None) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Optimizers
 # ----------------------------------------------------------------------------------------------------------------------
-# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents. A
-# shared weight is quantized once per step, when the latents are published, and gradients pass straight through.
-
-
-class Latents:
-    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
-
-    def __init__(self, model: LoopedGPT, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
-        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen or ("-",))}
-        self.working, self.grids = named, grids or dict.fromkeys(named)
-        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
-        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
-        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
-        for weight, view in zip(self.weights.values(), views):
-            weight.grad = view.view_as(weight)
-
-    def collect(self) -> None:
-        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
-        for name, p in self.working.items():
-            if p.grad is not None:
-                self.weights[name].grad.add_(p.grad)
-                p.grad = None
-
-    def reduce(self, ctx: RunContext, share: float, clip: float) -> None:
-        """Sums over ranks, scales by `share`, clips the norm. A gradient that is not finite becomes zero: the loss,
-        which is not finite then either, stops the run with weights that are still good."""
-        grad = ctx.sum(self.flat_grad).mul_(share)
-        norm = grad.norm()
-        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
-        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
-
-    @torch.no_grad()
-    def publish(self, weights: dict[str, Tensor] | None = None, quantized: bool = True) -> None:
-        """Writes the latents, or the weights given, to the working weights, on the grid where there is one."""
-        for name, weight in (weights or self.weights).items():
-            grid = self.grids[name] if quantized else None
-            self.working[name].copy_(weight if grid is None else dequantize_tensor(*quantize_tensor(weight, grid)))
+# The model computes with working weights: on the grid, in the compute dtype. What learns are their float32 latents
+# (kernels/quantize.py). A shared weight is quantized once per step, when the latents are published, and gradients pass
+# straight through.
 
 
 class Muon(torch.optim.Optimizer):
@@ -1384,86 +1004,7 @@ class WeightAverage:
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Artifact
 # ----------------------------------------------------------------------------------------------------------------------
-# The file that is scored. Nothing in it is executed, and nothing in it is believed before it was checked.
-
-MAGIC, VERSION = b"LOOPGOLF", 1
-MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
-CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
-
-
-class ArtifactError(Stop):
-    """An artifact that cannot be used."""
-
-    exit_code = 4
-
-
-def require(is_good: bool, otherwise: str) -> None:
-    if not is_good:
-        raise ArtifactError(otherwise)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
-    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
-
-    stored: dict
-    tokenizer: dict
-    layout: list[dict]
-    streams: list[dict]
-    raw: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    size: int
-    sha256: str
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or none: written beside, flushed to disk, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
-    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
-    stored = {}
-    for name, weight in weights.items():
-        if not (grid := grids[name]):
-            stored[name] = weight.half()
-            continue
-        known = name in hessians
-        codes_and_step = round_with_feedback(weight, hessians[name], grid) if known else quantize_tensor(weight, grid)
-        stored[name], stored[f"{name}.step"] = codes_and_step
-    return stored
-
-
-def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
-    """The codec that makes a stream smallest, and its bytes. zstd-22 takes long and mostly loses on codes, so there it
-    is only tried when a quick level comes near."""
-    choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(raw, 3)) < 1.1 * len(choices["rans"]):
-        choices["zstd"] = zstandard.compress(raw, 22)
-    codec = min(choices, key=lambda name: len(choices[name]))
-    return codec, choices[codec]
-
-
-def pack_artifact(config: Config, stored: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
-    """The same tensors always give the same bytes: no time, host or user in it."""
-    layout = build_layout(config, bits)
-    by_stream = [[stored[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
-    raws = [b"".join(t.contiguous().numpy().tobytes() for t in tensors) for tensors in by_stream]
-    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
-    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
-    content = dict(config=config.stored(), tokenizer=tokenizer, tensors=layout, streams=table)
-    header = json.dumps(content, separators=(",", ":")).encode()
-    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
-    return body + hashlib.sha256(body).digest()
+# What goes into the file that is scored; contracts/artifact.py is its format.
 
 
 def fit_artifact(
@@ -1483,8 +1024,9 @@ def fit_artifact(
             k_scale = solve_k_scale(size_at, int(0.998 * room), config)
         grids = build_grids(config, model, k_scale)
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
-        stored = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
-        content = pack_artifact(config, stored, {name: grid.bits for name, grid in grids.items() if grid}, tokenizer)
+        tensors = quantize_weights(weights, grids, {} if k_scale == trained else hessians)
+        bits = {name: grid.bits for name, grid in grids.items() if grid}
+        content = pack_artifact(config.stored(), tensors, bits, tokenizer)
         if len(content) <= room and (not is_bound or len(content) >= 0.995 * room or k_scale == FINEST):
             return content
         is_bound, extra = True, extra + len(content) - size_at(k_scale)
@@ -1493,32 +1035,602 @@ def fit_artifact(
 
 def config_from_stored(stored: dict) -> Config:
     """The config of a stored artifact."""
-    require(holds_fields(stored, Stored), "its config does not hold the fields of this version, each of its type")
+    if not holds_fields(stored, Stored):
+        raise ArtifactError("its config does not hold the fields of this version, each of its type")
     try:
         return Config(**stored, batch_tokens=stored["seq_len"])
     except ConfigError as error:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
-def build_layout(config: Config, bits: dict[str, int]) -> list[dict]:
-    """The tensor table of an artifact, which follows from the config and the bits of each quantized tensor."""
+def stored_shapes(stored: dict) -> Shapes:
+    """The tensors that an artifact holds which stores this config."""
     with torch.device("meta"):
-        model = LoopedGPT(config)
-    shapes, layout, ends = {}, [], [0, 0]
+        model = LoopedGPT(config_from_stored(stored))
+    shapes = {}
     for name, p in model.named_parameters():
         shapes[name] = p.shape
         if model.kind(name) != "vector":
             shapes[f"{name}.step"] = p.shape[:1]
+    return shapes
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    try:
+        return unpack_artifact(Path(path).read_bytes(), stored_shapes)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+# What is scored, with which model; contracts/scoring.py is how.
+
+
+def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
+    """A model to score with. A CPU takes longer to compile the shapes of scoring than to score without."""
+    return build_model(config, replace(ctx, compile="none") if ctx.device.type == "cpu" else ctx)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The tokens that are scored, how their bytes are counted, and what tells their tokenizer apart."""
+
+    tokens: Tensor
+    counter: ByteCounter
+    identity: dict
+
+
+def load_validation(config: Config, ctx: RunContext) -> Validation:
+    tokenizer, digest = load_tokenizer(config)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    count = min(config.score_tokens or stream.total, stream.total)
+    if count < config.seq_len + 1:
+        raise DataError(f"{config.data_path}: {count} validation tokens are fewer than one window of {config.seq_len}")
+    tokens = stream.read(0, count)
+    sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
+    ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
+    identity = dict(sha256=digest, vocab=config.vocab_size)
+    return Validation(torch.from_numpy(tokens), ByteCounter(tokenizer), identity)
+
+
+def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
+    """Score one mode and log it. `name` says which weights, where it is not the artifact."""
+    started = time.perf_counter()
+    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
+    if model.is_compiled:
+        scorer.warm_up()
+    score_tokens(scorer, val.tokens, meter, name or mode, started + config.eval_budget)
+    score = meter.total(ctx)
+    adapted = dict(updates=scorer.updates, skipped=scorer.skipped) if mode in ("sgd", "lora") else {}
+    ctx.log("score", what=name or "artifact", mode=mode, val_loss=f"{score.loss:.8f}", val_bpb=f"{score.bpb:.8f}",
+            tokens=score.tokens, bytes=score.bytes, **adapted, eval_s=time.perf_counter() - started)  # fmt: skip
+    return score
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Training
+# ----------------------------------------------------------------------------------------------------------------------
+# The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    used_s: float = 0.0
+    step_s: float = 0.0  # the latest step, so that a resumed run knows how long the next one may take
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training hands on: averaged weights, what steers their rounding, and what it took."""
+
+    averaged: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    k_scale: float
+    at: Progress
+
+
+def train_step(
+    model: LoopedGPT, optim: Optimizers, batch: tuple[Tensor, Tensor], settings: Settings, ctx: RunContext
+) -> Tensor:
+    """One optimizer step on this rank's sequences; returns its mean loss."""
+    config, (inputs, targets) = model.config, batch
+    size = config.micro_batch or len(inputs)
+    total = torch.zeros((), device=ctx.device)
+    for x, y in zip(inputs.split(size), targets.split(size)):
+        loss = model.loss(x, y, settings.depth)
+        loss.backward()
+        optim.latents.collect()
+        total += loss.detach()
+    n_micro = len(inputs) // size
+    norm = optim.latents.reduce(ctx.sum, 1 / (n_micro * ctx.world), config.grad_clip)
+    optim.step(settings)
+    return total / n_micro + 0 * norm  # a gradient that is not finite shows in the loss
+
+
+def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
+    """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
+    started = time.perf_counter()
+    before = copy.deepcopy(optim.state())
+    random_state = torch.get_rng_state()
+    count = config.batch_tokens // ctx.world + 1
+    made_up = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    batch = split_span(made_up, config, ctx)
+    depths = {1, config.rows} if config.sample_depth else {config.depth}
+    for depth in sorted(depths | ({0} if config.loop_start else set())):
+        train_step(model, optim, batch, Settings(1.0, 0.5, depth), ctx)
+    optim.load(before)
+    torch.set_rng_state(random_state)
+    ctx.sync()
+    ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def log_telemetry(model: LoopedGPT, step: int, stream: TokenStream, ctx: RunContext) -> None:
+    """The size of the stream at the end of each repetition, on the same text every time, and how much the adapter of
+    each pass is like that of the first."""
+    sizes = []
+
+    def watch(p: Pass, x: Tensor) -> Tensor:
+        if p.ends:
+            sizes.append(x.float().square().mean().sqrt())
+        return x
+
+    model(load_batch(stream, 0, model.config, ctx)[0][:1], watch=watch)
+    found = {"rms": sizes}
+    if model.adapters is not None:
+        unit = F.normalize(model.adapters[:, 1].flatten(1), dim=1)
+        found["adapter_cosines"] = unit[1:] @ unit[0]
+    ctx.log("telemetry", step=step, **{name: ",".join(f"{v:.3f}" for v in values) for name, values in found.items()})
+
+
+def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
+    """Everything that the next step depends on; the data position is the step."""
+    if ctx.rank:
+        return
+    state = dict(optim=optim.state(), average=average.mean, average_count=average.count, at=asdict(at),
+                 random=torch.get_rng_state())  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx: RunContext) -> Progress:
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        ctx.log.line(f"# no checkpoint in {folder} yet: starting from the beginning")
+        return Progress()
+    try:
+        state = torch.load(path, map_location=ctx.device, weights_only=True)
+        optim.load(state["optim"])
+        average.mean, average.count = state["average"], state["average_count"]
+        torch.set_rng_state(state["random"].cpu())
+        at = Progress(**state["at"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        why = f"not a checkpoint of this run ({error.__class__.__name__})"
+        raise DataError(f"{path}: {why}; delete it to start over") from None
+    ctx.log("resume", step=at.step, used_s=at.used_s)
+    return at
+
+
+def collect_hessians(
+    config: Config,
+    ctx: RunContext,
+    weights: dict[str, Tensor],
+    stream: TokenStream,
+    seconds_left: Callable[[], float] | None = None,
+) -> dict[str, Tensor]:
+    """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
+    or, against a clock, as much as the seconds that are left allow."""
+    if not config.calibration_tokens:
+        return {}
+    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+    model.load_state_dict(weights)
+    sums = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            columns = module.weight.shape[1]
+            sums[f"{name}.weight"] = total = torch.zeros(columns, columns, device=ctx.device)
+
+            def add(_, inputs, __, total=total):
+                x = inputs[0].flatten(0, -2).float()
+                total.addmm_(x.T, x)
+
+            module.register_forward_hook(add)
+    batch = 0
+    while seconds_left() > 0 if seconds_left else batch * config.batch_tokens < config.calibration_tokens:
+        with torch.no_grad():
+            model(load_batch(stream, batch, config, ctx)[0])
+        batch += 1
+    return {name: ctx.sum(total) for name, total in sums.items()}
+
+
+def train(
+    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
+) -> Trained:
+    latents = Latents(model, build_grids(config, model, k_scale))
+    optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
+    latents.publish()
+    at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
+    warm_up(model, optim, config, ctx)
+    calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
+    reserve = config.export_reserve if calibrates else 0.0
+    has_loops = "*" in config.plan
+    budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
+    budget.recent.extend([at.step_s] if at.step_s else [])
+    with StopSignals() as stop, ctx.log.progress_bar(1.0, "training") as bar:
+        clock.start()
+        while (progress := budget.progress(at.step, at.used_s)) is not None:
+            settings = settings_at(config, progress, at.step)
+            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, ctx)
+            average.update(latents.weights, at.step, progress)
+            loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
+            at = Progress(at.step + 1, now, now - at.used_s)
+            budget.recent.append(at.step_s)
+            if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
+                ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
+                        step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
+            if has_loops and progress < 0.5 and at.step & (at.step - 1) == 0:  # steps 1, 2, 4, 8: far from the end
+                log_telemetry(model, at.step, stream, ctx)
+            bar.update(progress - bar.n)
+            bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
+            is_bad = not math.isfinite(loss)
+            if is_bad or is_stopped or (config.checkpoint_every_s and now - saved_at > config.checkpoint_every_s):
+                save_checkpoint(folder, optim, average, at, ctx)
+                saved_at = at.used_s = ctx.agree(step_loss, clock.read(), False)[1]
+            if is_bad:
+                saved = folder / "checkpoint.pt"
+                raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
+            if is_stopped:
+                raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
+        averaged = average.result(latents.weights)
+        # a calibration batch is a forward pass, not compiled: one that starts four steps before the end is done in time
+        deadline_s = config.max_wallclock_seconds - 4 * max(budget.recent, default=0.0)
+        left = None if config.iterations else lambda: deadline_s - clock.read()
+        hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
+        at.used_s = clock.stop()
+    if has_loops:
+        log_telemetry(model, at.step, stream, ctx)
+    save_checkpoint(folder, optim, average, at, ctx)
+    return Trained(averaged, hessians, k_scale, at)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """What ran, where, on what: without it a log proves nothing."""
+    code_sha256 = hash_counted_code(config.moe_experts)
+    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=code_sha256)
+    modules = (torch, np, zstandard, sentencepiece)
+    ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
+    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
+    threads, dtype = torch.get_num_threads(), str(ctx.dtype).removeprefix("torch.")
+    ctx.log("hardware", device=ctx.device.type, name=name, world=ctx.world, threads=threads, dtype=dtype)
+    for name, value in asdict(config).items():
+        ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
+
+
+def counted_files(moe_experts: int = 0) -> list[Path]:
+    """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
+    rooms = {
+        "": "train_gpt",
+        "contracts": "artifact context errors options plan scoring",
+        "data": "shards",
+        "kernels": "attention head newton_schulz quantize rans" + " moe" * (moe_experts > 0),
+    }
+    paths = [Path(__file__).parent / room / f"{name}.py" for room, names in rooms.items() for name in names.split()]
+    return [path for path in paths if path.is_file()]
+
+
+def hash_counted_code(moe_experts: int = 0) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files(moe_experts))).hexdigest()
+
+
+def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
+    """Sizes and forecasts, before anything is trained."""
+    counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
+    for name, p in model.named_parameters():
+        counts[model.role(name)] += p.numel()
+    params, plan, limit = sum(counts.values()), model.plan, config.byte_limit
+    artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
+    total_bytes = artifact_bytes + config.code_reserve
+    if limit and total_bytes > 1.05 * limit:
+        raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
+    mean_r, learned = expect_depth(config), expect_depth(config, config.bptt)
+    flops = compute_flops(config, mean_r, learned)
+    rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
+    n_kept = plan.count_passes(min(config.rows, config.bptt or config.rows))  # passes that wait for their gradient
+    inside = 10 * config.model_dim + 3 * config.mlp_dim
+    values = n_kept * config.model_dim + inside if config.checkpoint_passes else n_kept * inside
+    memory = rows * (values * ctx.dtype.itemsize + 8 * config.vocab_size) + params * 24
+    # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
+    core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
+    rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
+    core_bits = Grid(config.core_bits, config.core_k * k_scale).gaussian_bits()
+    ctx.log("model", params=params, **counts, passes=plan.count_passes(config.depth), blocks=len(model.blocks),
+            **(dict(mean_r=mean_r) if plan.is_variable else {}))  # fmt: skip
+    ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
+    step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
+    ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)
+    if config.k_scale and limit and total_bytes > 0.97 * limit:
+        ctx.log.line(f"# warning: {total_bytes / limit:.1%} of byte_limit expected, the export may coarsen the grid")
+
+
+def dry_run(config: Config, ctx: RunContext) -> None:
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    by_part = Counter()
+    for name, p in model.named_parameters():
+        by_part[re.match(r"blocks\.\w|\w+", name)[0]] += p.numel()
+    ctx.log.line(f"params:{by_part.total()}")
+    for part, count in by_part.items():
+        ctx.log("part", name=part, params=count)
+    log_plan(config, plan_k_scale(config, model), model, ctx)
+
+
+def check_split(config: Config, ctx: RunContext) -> None:
+    tokens, size, whole = config.batch_tokens, config.micro_batch, config.batch_tokens // config.seq_len
+    if whole % ctx.world:
+        raise ConfigError(f"batch_tokens={tokens}: {whole} sequences do not split over {ctx.world} ranks")
+    if size and whole // ctx.world % size:
+        raise ConfigError(f"micro_batch={size} does not divide the {whole // ctx.world} sequences of a rank")
+
+
+def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
+    """Writes the artifact, unless it is over the limit. From here on only that file is used."""
+    if ctx.rank == 0:
+        try:
+            content = fit_artifact(config, model, trained.averaged, trained.hessians, trained.k_scale, tokenizer)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
+        write_atomic(path, content)
+    if ctx.world > 1:
+        dist.barrier()
+
+
+def score_artifact(artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation) -> dict:
+    """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
+    if artifact.tokenizer != val.identity:
+        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
+    model.load_state_dict(artifact.tensors)
+    started = time.perf_counter()
+    final = evaluate(config.score_mode, model, config, ctx, val)
+    found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
+    found["eval_s"] = time.perf_counter() - started
+    for mode in CHOICES["score_mode"]:
+        if mode in config.also.split(","):
+            score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
+            found[f"bpb_{mode}"] = score.bpb
+    total, limit = artifact.size + ctx.code_bytes, config.byte_limit
+    found |= dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
+    return found | dict(fits="no" if 0 < limit < total else "yes", artifact_sha256=artifact.sha256)
+
+
+def log_result(found: dict, ctx: RunContext) -> dict:
+    """The last line of a run: its fields in their order, as far as they were found."""
+    order = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain bpb_sliding bpb_banded bpb_sgd
+        bpb_lora steps tokens train_s eval_s artifact_bytes code_bytes total_bytes limit fits seed recipe
+        artifact_sha256"""
+    result = {name: found[name] for name in order.split() if name in found}
+    result |= {name: f"{value:.8f}" for name, value in result.items() if name.startswith(("val_", "bpb_"))}
+    ctx.log("result", **result)
+    return result
+
+
+def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """--score: the model comes from the file, how to score too unless said otherwise."""
+    artifact = load_artifact(config.score)
+    stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
+    config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
+    model = build_judge(config, ctx)
+    if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in artifact.tensors.items()}:
+        raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
+    log_result(score_artifact(artifact, model, config, ctx, load_validation(config, ctx)), ctx)
+
+
+def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+    """The whole run: data, model, training, artifact, score from the artifact."""
+    check_split(config, ctx)
+    # ranks that start in different seconds would look for the artifact in different folders
+    started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
+    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
+    folder = Path(config.resume or f"runs/{config.run_id}")
+    is_taken = torch.tensor([float(not config.resume and (folder / "config.json").exists())], device=ctx.device)
+    if any(ctx.gather(is_taken)):  # all ranks stop, or those that do not would wait for the others
+        raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
+    val = load_validation(config, ctx)
+    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    model = build_model(config, ctx)
+    k_scale = plan_k_scale(config, model)
+    model.init_weights(config.seed)
+    if ctx.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in folder.glob(".*.part"):
+            cut_off.unlink()  # what a killed process was writing
+        ctx.log.open(folder / "log.txt")
+        write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
+        write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
+    log_head(config, source, ctx)
+    ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
+    log_plan(config, k_scale, model, ctx)
+    trained = train(config, ctx, model, k_scale, stream, folder)
+    found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
+    path, judge = folder / "artifact.lg", build_judge(config, ctx)
+    for name, weights in (("trained", model.state_dict()), ("averaged", trained.averaged)):
+        if name in config.also.split(","):
+            judge.load_state_dict(weights)
+            found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
+    export(config, ctx, model, trained, val.identity, path)
+    found |= score_artifact(load_artifact(path), judge, config, ctx, val)
+    result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
+    if ctx.rank == 0:
+        report = dict(result=result, config=asdict(config), source=source)
+        write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
+
+
+def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
+    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    try:
+        config, source = parse_config(argv, environ)
+        ctx = build_context(config, environ, code_bytes or config.code_reserve)
+        if config.dry_run:
+            dry_run(config, ctx)
+        elif config.score:
+            score_only(config, source, ctx)
+        else:
+            run(config, source, ctx)
+        if ctx.world > 1:
+            dist.barrier()  # no rank takes the group from one that still uses it
+            dist.destroy_process_group()
+        return 0
+    except BrokenPipeError:
+        return 1  # whoever read the output has seen enough
+    except (Stop, DataError, OSError) as error:
+        if environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # nccl would wait for ranks that did not fail
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
+# ==== contracts/artifact.py ====
+"""The artifact: the one file that is scored.
+
+    8 bytes  magic "LOOPGOLF"    u32 version    u32 header length    header: UTF-8 JSON
+    payload: two compressed streams    last 32 bytes: sha256 of all before
+    header = {config: the model and how it is scored, tokenizer: {sha256, vocab}, tensors: [{name, shape, bits, scheme,
+              stream, offset, bytes}], streams: [{codec, bytes, raw_bytes}]}
+
+Nothing in a file is executed, and nothing in it is believed before it was checked: its table of tensors has to be the
+one that follows from its config. What tensors a config has, only the model knows: `shapes_of` tells, in their order,
+with a `NAME.step` behind each matrix that lies on a grid as integer codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import zstandard
+from torch import Tensor
+
+from contracts.errors import ArtifactError
+from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
+from kernels.rans import decode_matrices, encode_matrices
+
+MAGIC, VERSION = b"LOOPGOLF", 2
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
+CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
+    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
+
+    stored: dict
+    tokenizer: dict
+    layout: list[dict]
+    streams: list[dict]
+    raw: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    size: int
+    sha256: str
+
+
+def require(is_good: bool, otherwise: str) -> None:
+    if not is_good:
+        raise ArtifactError(otherwise)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The whole file or none: written beside, flushed to disk, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def build_layout(shapes: Shapes, bits: dict[str, int]) -> list[dict]:
+    """The table of tensors: `bits` of each that lies on a grid, the rest in fp16."""
+    layout, ends = [], [0, 0]
     for name, shape in shapes.items():
-        has_step = f"{name}.step" in shapes
-        width, scheme, stream = (bits.get(name, 0), "int", CODES) if has_step else (16, "fp16", PLAIN)
+        is_code = f"{name}.step" in shapes
+        width, scheme, stream = (bits.get(name, 0), "int", CODES) if is_code else (16, "fp16", PLAIN)
         entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
-        layout.append(entry | dict(bytes=shape.numel() * (1 if has_step else 2)))
+        layout.append(entry | dict(bytes=math.prod(shape) * (1 if is_code else 2)))
         ends[stream] += layout[-1]["bytes"]
     return layout
 
 
-def unpack_artifact(content: bytes) -> Artifact:
+def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
+    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
+    tensors = {}
+    for name, grid in grids.items():
+        weight, hessian = weights[name], hessians.get(name)
+        if not grid:
+            tensors[name] = weight.half()
+            continue
+        rounded = quantize_tensor(weight, grid) if hessian is None else round_with_feedback(weight, hessian, grid)
+        tensors[name], tensors[f"{name}.step"] = rounded
+    return tensors
+
+
+def pack_artifact(stored: dict, tensors: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
+    """The same tensors always give the same bytes: no time, host or user in it."""
+    layout = build_layout({name: t.shape for name, t in tensors.items()}, bits)
+    by_stream = [[tensors[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
+    raws = [b"".join(t.contiguous().numpy().tobytes() for t in group) for group in by_stream]
+    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
+    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
+    content = dict(config=stored, tokenizer=tokenizer, tensors=layout, streams=table)
+    header = json.dumps(content, separators=(",", ":")).encode()
+    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
+    return body + hashlib.sha256(body).digest()
+
+
+def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
+    """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
+    loses on them, so there it is only tried where a quick level wins already."""
+    choices = {"rans": encode_matrices(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(raw, 3)) < len(choices["rans"]):
+        choices["zstd"] = zstandard.compress(raw, 22)
+    codec = min(choices, key=lambda name: len(choices[name]))
+    return codec, choices[codec]
+
+
+def unpack_artifact(content: bytes, shapes_of: Callable[[dict], Shapes]) -> Artifact:
     """Checks everything before it allocates anything that the file asks for."""
     require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
     version, header_bytes = struct.unpack("<II", content[8:16])
@@ -1535,7 +1647,7 @@ def unpack_artifact(content: bytes) -> Artifact:
         require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
-    layout = build_layout(config_from_stored(stored), bits)
+    layout = build_layout(shapes_of(stored), bits)
     needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
     is_ours = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
     is_sized = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES and at + sum(packed_sizes) == end
@@ -1571,28 +1683,463 @@ def read_tensor(raw: bytes, entry: dict) -> Tensor:
     is_good = values.short().abs() <= Grid(entry["bits"], 1.0).largest if is_code else values.isfinite()
     require(is_good.all().item(), f"tensor {entry['name']} holds codes beyond its bits or values that are not finite")
     return values.view(entry["shape"])
+# ==== contracts/context.py ====
+"""One process of a run: its rank, where and in what it computes, its log, its clock, the signals that it gets and what
+its machine needs. The ranks of a run only ever agree through the methods of RunContext.
+
+Log lines are `event key:value key:value …`, blanks in values percent-encoded: `dict(pair.split(":", 1) for pair in
+line.split()[1:])` reads one back. Free text stands on lines that start with #.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import platform
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
 
-def load_artifact(path: str | Path) -> Artifact:
+class Log:
+    """Lines to the terminal and to a file; progress to a terminal only."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.file = quiet, io.StringIO()  # until there is a file, lines wait in memory
+
+    def open(self, path: Path) -> None:
+        if not self.quiet:
+            early, self.file = self.file.getvalue(), open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+            self.file.write(early)
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+            print(text, file=self.file, flush=True)
+
+    def __call__(self, event: str, **pairs) -> None:
+        self.line(" ".join([event, *(f"{key}:{format_value(value)}" for key, value in pairs.items())]))
+
+    def progress_bar(self, total: float, name: str) -> tqdm:
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        # disable=None hides it where there is no terminal
+        return tqdm(total=total, desc=name, leave=False, disable=self.quiet or None, bar_format=form)
+
+
+def format_value(value) -> str:
+    """One word: floats with 4 decimals (text keeps its own), blanks percent-encoded so that a blank splits the line."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return re.sub(r"[%\s]", lambda found: quote(found[0]), text) or "-"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One process among `world` of them. `compile`: none, block or full; `code_bytes`: what the code takes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: str
+    log: Log
+    code_bytes: int = 0
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in the order of ranks."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def agree(self, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
+        """Mean loss, the slowest rank's clock, and whether any rank was asked to stop: all that a step waits for."""
+        mine = torch.tensor([loss.item(), seconds, float(stop)], dtype=torch.float64, device=self.device)  # sync
+        losses, clocks, stops = torch.stack(self.gather(mine), 1).tolist()  # sync
+        return sum(losses) / self.world, max(clocks), any(stops)
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), continues from what a checkpoint had used."""
+
+    def __init__(self, ctx: RunContext, used_s: float = 0.0):
+        self.ctx, self.used_s = ctx, used_s
+
+    def start(self) -> None:
+        self.ctx.sync()
+        self.ctx.log("clock", what="start", used_s=self.used_s)
+        self.started_at = time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds used, once everything launched so far is done."""
+        self.ctx.sync()
+        return self.used_s + time.perf_counter() - self.started_at
+
+    def stop(self) -> float:
+        total = self.read()
+        self.ctx.log("clock", what="stop", used_s=total)
+        return total
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask the run to stop after the step at hand; a second one acts as ever."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self) -> StopSignals:
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame) -> None:
+        self.seen = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """What a step frees is there for the next one. By itself glibc gives it back to the system, and every page of it
+    costs a fault when it comes again: 8% of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie unused at the top of the heap
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from which size on a piece is mapped by itself
+
+
+def find_compiler_fault(device: torch.device) -> str:
+    """Why torch.compile cannot work here, in a line: mostly no C++ compiler, or one without OpenMP."""
     try:
-        return unpack_artifact(Path(path).read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from None
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        return f"torch.compile failed ({str(error).strip().splitlines()[0][:100]})"
+    return ""
+# ==== contracts/errors.py ====
+"""What ends a run before its time: one line for whoever reads it, and an exit code for whatever started it.
+
+0 good    1 crash or non-finite loss    2 bad input    3 does not fit    4 corrupt artifact, or a rule violated
+
+Bad data is a DataError of data/shards.py, which imports nothing from here.
+"""
 
 
-@torch.no_grad()
-def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
-    for name, p in model.named_parameters():
-        p.copy_(weights[name])
+class Stop(Exception):
+    """Ends the run with one line that names what is wrong and how to mend it."""
+
+    exit_code = 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-# A scorer gives log-probabilities over the whole vocabulary for tokens that it has not seen, and may adapt to tokens
-# once they are scored. One loop drives every scorer, and BpbMeter alone counts nats, tokens and bytes.
+class ConfigError(Stop):
+    """A setting that cannot work."""
+
+
+class DoesNotFit(Stop):
+    """The model cannot be stored within the byte limit."""
+
+    exit_code = 3
+
+
+class ArtifactError(Stop):
+    """An artifact that cannot be used."""
+
+    exit_code = 4
+
+
+class NonFiniteLoss(Stop):
+    """Stops a run on all ranks, after a checkpoint is saved."""
+
+    exit_code = 1
+
+
+class Interrupted(Stop):
+    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
+
+    exit_code = 1
+# ==== contracts/options.py ====
+"""Options of a config, which is a frozen dataclass: from words of a command line, variables of an environment and JSON
+to values of the right type, and the list that --help prints. What cannot work stops with the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import fields
+
+from contracts.errors import ConfigError
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def cast_option(name: str, text: str, default) -> object:
+    """Text to the type of the default; booleans are 0, 1, true or false and nothing else."""
+    kind = type(default)
+    try:
+        return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0, 1, true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name}={text}: expected {expected}, like {default}") from None
+
+
+def parse_environment(environ: dict[str, str], defaults: dict) -> dict[str, object]:
+    """`NAME=value`: every option has its name in upper case."""
+    return {n: cast_option(n, environ[n.upper()], d) for n, d in defaults.items() if n.upper() in environ}
+
+
+def parse_command_line(argv: list[str], defaults: dict) -> dict[str, object]:
+    """`--name value`, `--name=value`, and a bare `--dry_run` for booleans."""
+    found, words = {}, deque(argv)
+    while words:
+        word = words.popleft()
+        name, has_value, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in defaults:
+            near = did_you_mean(f"--{name}", [f"--{known}" for known in defaults])
+            raise ConfigError(f"unknown option {word.split('=')[0]}{near}; see --help")
+        if not has_value:
+            is_bare = not words or words[0].startswith("--")
+            if is_bare and not isinstance(defaults[name], bool):
+                raise ConfigError(f"option {word} needs a value")
+            text = "1" if is_bare else words.popleft()
+        found[name] = cast_option(name, text, defaults[name])
+    return found
+
+
+def holds_fields(values, config: type) -> bool:
+    """Whether something read from JSON has exactly the fields of a config, each of its type."""
+    types = {f.name: type(f.default) for f in fields(config)}
+    return isinstance(values, dict) and {name: type(value) for name, value in values.items()} == types
+
+
+def describe_options(config: type) -> list[str]:
+    """A line for every option, with the comment behind its field; a packed script has no comments."""
+    source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.MULTILINE))
+    return [f"  --{f.name:<22} {notes.get(f.name, '')} [{f.default}]" for f in fields(config)]
+# ==== contracts/plan.py ====
+"""The loop plan: which physical blocks a forward applies, in which order, with what in between.
+
+    plan  := item+            item := block | group
+    group := '(' '^'? item+ '~'* ')' '*' count      block := one letter       count := integer | 'r'
+
+A letter is a block, allocated at its first appearance; each appearance is one pass. Everything that depends on depth
+is derived from the parsed plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from contracts.errors import ConfigError
+
+
+@dataclass
+class Pass:
+    """One application of a physical block."""
+
+    block: int
+    slot: int  # row of the per-pass tables
+    enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
+    inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
+    norm: bool = False  # a norm follows this pass
+    ends: bool = False  # a repetition of a group ends with this pass
+    left: int = -1  # inside the *r group: its repetitions that still follow
+
+
+@dataclass(frozen=True)
+class Group:
+    """`(items)*count` of a plan; count 0 stands for r."""
+
+    items: tuple[int | Group, ...]  # blocks are numbers
+    count: int = 1
+    inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
+    norms: int = 0  # 1 between repetitions, 2 after each
+
+    def count_passes(self, depth: int) -> int:
+        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
+
+    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
+        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
+        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
+        passes, repetitions = [], self.count or rows
+        stride = self.count_passes(rows) // repetitions
+        last = (self.count or depth if depth else 1) - 1
+        for repetition in range(last + 1):
+            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
+            for item in self.items:
+                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
+                at += item.count_passes(rows) if isinstance(item, Group) else 1
+            passes[first].inject = self.inject + passes[first].inject
+            if repetition == 0:
+                passes[first].enter = self.inject + passes[first].enter
+            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
+            passes[-1].ends |= self.count != 1
+            if not self.count:
+                for p in passes[first:]:
+                    p.left = last - repetition
+        return passes
+
+
+@dataclass(frozen=True)
+class Plan(Group):
+    """A parsed loop plan."""
+
+    names: str = ""  # letters of the blocks in order of first appearance
+    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
+    is_variable: bool = False  # one group repeats r times
+
+    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
+        return tuple(self.expand(depth, rows))
+
+
+@functools.lru_cache
+def parse_plan(text: str) -> Plan:
+    """The plan that a text stands for; errors point at the character."""
+    names, opened, at = {}, [], 0
+    item = "a block letter or '(' (nested at most 16 deep)"
+
+    def take(pattern: str, expected: str = "") -> str:
+        nonlocal at
+        found = re.compile(pattern).match(text, at)
+        if not found:
+            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
+        at = found.end()
+        return found[0]
+
+    def items(nesting: int) -> tuple[int | Group, ...]:
+        found = []
+        while not found or re.match("[a-zA-Z(]", text[at:]):
+            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
+            if mark.isalpha():
+                found.append(names.setdefault(mark, len(names)))
+                continue
+            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
+            opened.append(inject)
+            inner = items(nesting + 1)
+            norms = len(take("~{0,2}"))
+            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
+            take(r"\*", "'*' and a count, as in (ab)*3")
+            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
+            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
+            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
+        return tuple(found)
+
+    if len(text) > 1000:
+        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
+    tree = items(0)
+    take(r"\Z", item)
+    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
+
+
+def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
+    """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
+    passes = range(n_passes)
+    try:
+        if text in ("none", "all"):
+            chosen = passes if text == "all" else ()
+        elif text.startswith("last"):
+            chosen = range(n_passes - int(text[4:]), n_passes)
+        else:
+            chosen = [int(word) for word in text.split(",")]
+        if all(number in passes for number in chosen):
+            return frozenset(chosen)
+    except ValueError:
+        pass
+    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
+# ==== contracts/scoring.py ====
+"""What a score means: bits per byte of text that the model has not seen.
+
+    val_bpb = (sum of nats over scored tokens / ln 2) / UTF-8 bytes of these tokens
+
+A scorer gives log-probabilities over the whole vocabulary for tokens that it has not seen, from tokens before them
+only, and may adapt to tokens once they are scored. One loop drives every scorer, from left to right, every token
+once; BpbMeter alone counts nats, tokens and bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contracts.context import RunContext
+from kernels.attention import Cache
+from kernels.quantize import Latents
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scoring has to know of a config. An artifact stores it: how it is scored is fixed before it is trained."""
+
+    vocab_size: int = 1024  # size of the tokenizer's vocabulary
+    bos_id: int = 1  # token that starts every document
+    seq_len: int = 2048  # tokens in a training sequence and in a scoring window
+    score_mode: str = "sgd"  # how val_bpb is computed: plain, sliding, banded, sgd or lora
+    score_batch: int = 32  # windows in one forward pass of a rank while scoring
+    stride: int = 64  # tokens that a sliding window scores
+    band: int = 0  # banded and lora: positions that a position attends to (0 = seq_len)
+    ttt_chunk: int = 32768  # sgd: tokens that are scored before the weights adapt to them
+    ttt_lr: float = 0.002  # sgd: learning rate at the first chunk, falling to 0 as a cosine
+    ttt_momentum: float = 0.9  # sgd: momentum
+    ttt_epochs: int = 3  # sgd: passes over each chunk
+    ttt_batch: int = 16  # sgd: sequences of a chunk in one update, over all ranks
+    ttt_clip: float = 1.0  # sgd: largest gradient norm
+    ttt_freeze: str = "a"  # sgd: letters of the blocks that stay as they are
+    lora_rank: int = 8  # lora: rank of the adapters that each document gets
+    lora_chunk: int = 256  # lora: tokens of a document that are scored before its adapters learn from them
+    lora_lr: float = 0.01  # lora: learning rate of the adapters (Adam)
+
+
+class ByteCounter:
+    """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
+    is a boundary (a control, unknown or unused id)."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        ids = range(tokenizer.vocab_size())
+        is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
+        pieces = [tokenizer.id_to_piece(i) for i in ids]
+        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
+        self.own_bytes, self.is_boundary = np.where(is_special, 0, own), np.array(is_special)
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
+
+    def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
+        spaces = self.has_space[targets] & ~self.is_boundary[previous]
+        return int(self.own_bytes[targets].sum() + spaces.sum())
 
 
 @dataclass(frozen=True)
@@ -1645,17 +2192,21 @@ class WindowScorer:
 
     A pass over the tokens consists of tracks that do not know of each other, a track of chunks: the windows of a chunk
     are scored, then the scorer may observe them and adapt before the next chunk. Ranks share the windows of a chunk,
-    or, with is_per_document, the tracks."""
+    or, with is_per_document, the tracks.
+
+    A model is what gives states for model(tokens, cache=, lora=) and has logits(states), loss(tokens, targets) and
+    is_compiled; for adapters its blocks have the linear layers qkv, out, up and down."""
 
     is_per_document = False
     stretch = 5  # length of a banded window over seq_len: all but `band` of it is scored
 
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext, layout: str):
+    def __init__(self, model: nn.Module, config: Scoring, ctx: RunContext, layout: str):
         self.model, self.config, self.ctx = model.eval(), config, ctx
         L = config.seq_len
         self.band = (config.band or L) if layout == "banded" else L
         self.length, self.stride = (self.stretch * L,) * 2 if layout == "banded" else (L, L)
         self.stride = {"plain": L, "sliding": config.stride, "banded": self.length - self.band}[layout]
+        self.rows = config.score_batch  # windows in a forward pass
         self.lora: dict[str, dict] = {}
         self.updates = self.skipped = 0  # adaptation: updates made, and updates that the time did not allow
         self.update_s = 0.0  # seconds of the slowest update
@@ -1670,9 +2221,9 @@ class WindowScorer:
 
     def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
-        score_batch of them, are padded to one shape if that saves compilation: what stands behind a token, or in
+        `rows` of them, are padded to one shape if that saves compilation: what stands behind a token, or in
         another row, cannot change its states."""
-        L, rows = self.config.seq_len, self.config.score_batch if self.model.is_compiled else len(windows)
+        L, rows = self.config.seq_len, self.rows if self.model.is_compiled else len(windows)
         inputs = torch.full((rows, self.length), self.config.bos_id)
         for row, w in zip(inputs, windows):
             row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
@@ -1706,8 +2257,8 @@ class WindowScorer:
         count = 1 + max(self.length, self.config.ttt_batch * self.config.seq_len)
         tokens = torch.randint(self.config.vocab_size, (count,), generator=generator)
         tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
-        chunk = self.tracks(tokens)[0][0][: self.config.score_batch]
-        for _ in self.log_probs(tokens, chunk):
+        chunk = self.tracks(tokens)[0][0]
+        for _ in self.log_probs(tokens, chunk[: self.rows]):
             pass
         self.observe(tokens, chunk, 0.0, math.inf)
         self.reset()
@@ -1725,8 +2276,9 @@ class SgdScorer(WindowScorer):
 
     stretch = 2  # shorter windows, so that a chunk has some for every rank
 
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+    def __init__(self, model: nn.Module, config: Scoring, ctx: RunContext):
         super().__init__(model, config, ctx, "banded")
+        self.rows = min(self.rows, -(-config.ttt_chunk // self.stride // ctx.world))  # a rank's share of a chunk
         self.base = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.frozen = tuple(f"blocks.{name}." for name in config.ttt_freeze)
         for name, p in model.named_parameters():
@@ -1754,14 +2306,14 @@ class SgdScorer(WindowScorer):
             if len(inputs[mine]):
                 (self.model.loss(inputs[mine], targets[mine]) * len(inputs[mine])).backward()
                 self.latents.collect()
-            self.latents.reduce(ctx, 1 / len(inputs[batch]), config.ttt_clip)
+            self.latents.reduce(ctx.sum, 1 / len(inputs[batch]), config.ttt_clip)
             self.sgd.step()
             self.latents.flat_grad.zero_()
             self.latents.publish()
             self.update_s = max(self.update_s, time.perf_counter() - started)
 
     def reset(self) -> None:
-        load_weights(self.model, self.base)
+        self.model.load_state_dict(self.base)
         self.latents = Latents(self.model, frozen=self.frozen)
         self.sgd = torch.optim.SGD(self.latents.weights.values(), lr=0.0, momentum=self.config.ttt_momentum)
 
@@ -1773,7 +2325,7 @@ class LoraScorer(WindowScorer):
 
     is_per_document = True
 
-    def __init__(self, model: LoopedGPT, config: Config, ctx: RunContext):
+    def __init__(self, model: nn.Module, config: Scoring, ctx: RunContext):
         super().__init__(model.requires_grad_(False), config, ctx, "plain")
         self.band, self.stride = config.band or config.seq_len, min(config.lora_chunk, config.seq_len)
         self.reset()
@@ -1818,12 +2370,7 @@ class LoraScorer(WindowScorer):
         self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
 
 
-def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
-    """A model to score with. A CPU takes longer to compile the shapes of scoring than to score without."""
-    return build_model(config, replace(ctx, compile="none") if ctx.device.type == "cpu" else ctx)
-
-
-def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -> WindowScorer:
+def build_scorer(mode: str, model: nn.Module, config: Scoring, ctx: RunContext) -> WindowScorer:
     adaptive = {"sgd": SgdScorer, "lora": LoraScorer}
     return adaptive[mode](model, config, ctx) if mode in adaptive else WindowScorer(model, config, ctx, mode)
 
@@ -1831,14 +2378,14 @@ def build_scorer(mode: str, model: LoopedGPT, config: Config, ctx: RunContext) -
 def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", deadline: float = math.inf) -> None:
     """One pass from left to right: score a chunk, shared over ranks, then let the scorer see it. Adaptation stops when
     the rest, scored without it, would just be done by the deadline."""
-    ctx, size = scorer.ctx, scorer.config.score_batch
+    ctx, size = scorer.ctx, scorer.rows
     tracks = scorer.tracks(tokens)
     if scorer.is_per_document:
         tracks = tracks[ctx.rank :: ctx.world]
     share = slice(None) if scorer.is_per_document else slice(ctx.rank, None, ctx.world)
     left = sum(len(chunk[share]) for track in tracks for chunk in track)  # windows
     done, spent = 0, 0.0
-    with progress_bar(left, "window", f"scoring {name}", ctx.log) as bar:
+    with ctx.log.progress_bar(left, f"scoring {name}") as bar:
         for track in tracks:
             for index, chunk in enumerate(track):
                 mine = chunk[share]
@@ -1851,482 +2398,6 @@ def score_tokens(scorer: WindowScorer, tokens: Tensor, meter, name: str = "", de
                 if index + 1 < len(track):
                     scorer.observe(tokens, chunk, index / len(track), deadline - 1.2 * left * spent / max(done, 1))
             scorer.reset()
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The tokens that are scored and how their bytes are counted."""
-
-    tokens: Tensor
-    counter: ByteCounter
-
-
-def load_validation(config: Config, ctx: RunContext) -> tuple[Validation, dict]:
-    """The validation tokens, and the tokenizer's identity for the artifact."""
-    tokenizer, digest = load_tokenizer(config)
-    stream = TokenStream(config.data_path, "val", config.vocab_size)
-    count = min(config.score_tokens or stream.total, stream.total)
-    if count < config.seq_len + 1:
-        raise DataError(f"{config.data_path}: {count} validation tokens are fewer than one window of {config.seq_len}")
-    tokens = stream.read(0, count)
-    sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
-    ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
-    counter = ByteCounter(tokenizer)
-    return Validation(torch.from_numpy(tokens), counter), dict(sha256=digest, vocab=config.vocab_size)
-
-
-def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Score:
-    """Score one mode and log it. `name` says which weights, where it is not the artifact."""
-    started = time.perf_counter()
-    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
-    if model.is_compiled:
-        scorer.warm_up()
-    score_tokens(scorer, val.tokens, meter, name or mode, started + config.eval_budget)
-    score = meter.total(ctx)
-    adapted = dict(updates=scorer.updates, skipped=scorer.skipped) if mode in ("sgd", "lora") else {}
-    ctx.log("score", what=name or "artifact", mode=mode, val_loss=f"{score.loss:.8f}", val_bpb=f"{score.bpb:.8f}",
-            tokens=score.tokens, bytes=score.bytes, **adapted, eval_s=time.perf_counter() - started)  # fmt: skip
-    return score
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Training
-# ----------------------------------------------------------------------------------------------------------------------
-# The story of a run: warm up off the clock, then steps until the budget is used, with a checkpoint now and then.
-
-
-class NonFiniteLoss(Stop):
-    """Stops a run on all ranks, after a checkpoint is saved."""
-
-    exit_code = 1
-
-
-class Interrupted(Stop):
-    """SIGTERM or Ctrl-C, after a checkpoint is saved."""
-
-    exit_code = 1
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    step: int = 0
-    used_s: float = 0.0
-    step_s: float = 0.0  # the latest step, so that a resumed run knows how long the next one may take
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training hands on: the model, its last and its averaged weights, and what it took."""
-
-    latents: Latents
-    averaged: dict[str, Tensor]
-    hessians: dict[str, Tensor]
-    k_scale: float
-    at: Progress
-
-
-def train_step(
-    model: LoopedGPT,
-    optim: Optimizers,
-    batch: tuple[Tensor, Tensor],
-    settings: Settings,
-    config: Config,
-    ctx: RunContext,
-) -> Tensor:
-    """One optimizer step on this rank's sequences; returns its mean loss."""
-    inputs, targets = batch
-    size = config.micro_batch or len(inputs)
-    total = torch.zeros((), device=ctx.device)
-    for x, y in zip(inputs.split(size), targets.split(size)):
-        loss = model.loss(x, y, settings.depth)
-        loss.backward()
-        optim.latents.collect()
-        total += loss.detach()
-    n_micro = len(inputs) // size
-    optim.latents.reduce(ctx, 1 / (n_micro * ctx.world), config.grad_clip)
-    optim.step(settings)
-    return total / n_micro
-
-
-def warm_up(model: LoopedGPT, optim: Optimizers, config: Config, ctx: RunContext) -> None:
-    """Compiles every graph of the run on made-up tokens, then puts back weights, optimizer state and random state."""
-    started = time.perf_counter()
-    before = copy.deepcopy(optim.state())
-    random_state = torch.get_rng_state()
-    count = config.batch_tokens // ctx.world + 1
-    batch = split_span(
-        torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)), config, ctx
-    )
-    depths = {1, config.rows} if config.sample_depth else {config.depth}
-    for depth in sorted(depths | ({0} if config.loop_start else set())):
-        train_step(model, optim, batch, Settings(1.0, 0.5, depth), config, ctx)
-    optim.load(before)
-    torch.set_rng_state(random_state)
-    ctx.sync()
-    ctx.log("warmup", compile=ctx.compile, seconds=time.perf_counter() - started)
-
-
-@torch.no_grad()
-def log_telemetry(model: LoopedGPT, step: int, stream: TokenStream, ctx: RunContext) -> None:
-    """The size of the stream at the end of each repetition, on the same text every time, and how much the adapter of
-    each pass is like that of the first."""
-    sizes = []
-
-    def watch(p: Pass, x: Tensor) -> Tensor:
-        if p.ends:
-            sizes.append(x.float().square().mean().sqrt())
-        return x
-
-    model(load_batch(stream, 0, model.config, ctx)[0][:1], watch=watch)
-    found = {"rms": sizes}
-    if model.adapters is not None:
-        unit = F.normalize(model.adapters[:, 1].flatten(1), dim=1)
-        found["adapter_cosines"] = unit[1:] @ unit[0]
-    ctx.log("telemetry", step=step, **{name: ",".join(f"{v:.3f}" for v in values) for name, values in found.items()})
-
-
-def save_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, at: Progress, ctx: RunContext) -> None:
-    """Everything that the next step depends on; the data position is the step."""
-    if ctx.rank:
-        return
-    state = dict(optim=optim.state(), average=average.mean, average_count=average.count, at=asdict(at),
-                 random=torch.get_rng_state())  # fmt: skip
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
-
-
-def load_checkpoint(folder: Path, optim: Optimizers, average: WeightAverage, ctx: RunContext) -> Progress:
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        ctx.log.line(f"# no checkpoint in {folder} yet: starting from the beginning")
-        return Progress()
-    try:
-        state = torch.load(path, map_location=ctx.device, weights_only=True)
-        optim.load(state["optim"])
-        average.mean, average.count = state["average"], state["average_count"]
-        torch.set_rng_state(state["random"].cpu())
-        at = Progress(**state["at"])
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(
-            f"{path}: not a checkpoint of this run ({error.__class__.__name__}); delete it to start over"
-        ) from None
-    ctx.log("resume", step=at.step, used_s=at.used_s)
-    return at
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C ask the run to stop after the step at hand; a second one acts as ever."""
-
-    def __init__(self):
-        self.seen = False
-
-    def __enter__(self) -> StopSignals:
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame) -> None:
-        self.seen = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def collect_hessians(
-    config: Config,
-    ctx: RunContext,
-    weights: dict[str, Tensor],
-    stream: TokenStream,
-    seconds_left: Callable[[], float] | None = None,
-) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
-    or, against a clock, as much as the seconds that are left allow."""
-    if not config.calibration_tokens:
-        return {}
-    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
-    load_weights(model, weights)
-    sums = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            columns = module.weight.shape[1]
-            sums[f"{name}.weight"] = total = torch.zeros(columns, columns, device=ctx.device)
-
-            def add(_, inputs, __, total=total):
-                x = inputs[0].flatten(0, -2).float()
-                total.addmm_(x.T, x)
-
-            module.register_forward_hook(add)
-    batch = 0
-    while seconds_left() > 0 if seconds_left else batch * config.batch_tokens < config.calibration_tokens:
-        with torch.no_grad():
-            model(load_batch(stream, batch, config, ctx)[0])
-        batch += 1
-    return {name: ctx.sum(total) for name, total in sums.items()}
-
-
-def train(
-    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
-) -> Trained:
-    latents = Latents(model, build_grids(config, model, k_scale))
-    optim, average = Optimizers(model, latents, config, ctx), WeightAverage(config)
-    latents.publish()
-    at = load_checkpoint(folder, optim, average, ctx) if config.resume else Progress()
-    warm_up(model, optim, config, ctx)
-    calibrates = config.calibration_tokens > 0 and is_limit_binding(config, k_scale)
-    reserve = config.export_reserve if calibrates else 0.0
-    has_loops = "*" in config.plan
-    budget, clock, saved_at = Budget(config, reserve), Clock(ctx, at.used_s), at.used_s
-    budget.recent.extend([at.step_s] if at.step_s else [])
-    with StopSignals() as stop, progress_bar(1.0, "run", "training", ctx.log) as bar:
-        clock.start()
-        while (progress := budget.progress(at.step, at.used_s)) is not None:
-            settings = settings_at(config, progress, at.step)
-            step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, config, ctx)
-            average.update(latents.weights, at.step, progress)
-            loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
-            at = Progress(at.step + 1, now, now - at.used_s)
-            budget.add_step(at.step_s)
-            if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
-                ctx.log("train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=now,
-                        step_ms=1000 * at.step_s, tokens_per_s=round(config.batch_tokens / at.step_s))  # fmt: skip
-            if has_loops and progress < 0.5 and at.step & (at.step - 1) == 0:  # steps 1, 2, 4, 8: far from the end
-                log_telemetry(model, at.step, stream, ctx)
-            bar.update(progress - bar.n)
-            bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
-            is_bad = not math.isfinite(loss)
-            if is_bad or is_stopped or (config.checkpoint_every_s and now - saved_at > config.checkpoint_every_s):
-                save_checkpoint(folder, optim, average, at, ctx)
-                saved_at = at.used_s = ctx.agree(step_loss, clock.read(), False)[1]
-            if is_bad:
-                saved = folder / "checkpoint.pt"
-                raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
-            if is_stopped:
-                raise Interrupted(f"stopped at step {at.step}; continue with --resume {folder}")
-        averaged = average.result(latents.weights)
-        # a calibration batch is only a forward pass: one that starts a step's length before the end is done in time
-        deadline_s = config.max_wallclock_seconds - max(budget.recent, default=0.0)
-        left = None if config.iterations else lambda: deadline_s - clock.read()
-        hessians = collect_hessians(config, ctx, averaged, stream, left) if calibrates else {}
-        at.used_s = clock.stop()
-    if has_loops:
-        log_telemetry(model, at.step, stream, ctx)
-    save_checkpoint(folder, optim, average, at, ctx)
-    return Trained(latents, averaged, hessians, k_scale, at)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 11. Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def log_head(config: Config, source: dict[str, str], ctx: RunContext) -> None:
-    """What ran, where, on what: without it a log proves nothing."""
-    code_sha256 = hash_counted_code(config.moe_experts)
-    ctx.log("run", recipe=config.recipe, seed=config.seed, run_id=config.run_id, code_sha256=code_sha256)
-    modules = (torch, np, zstandard, sentencepiece)
-    ctx.log("versions", python=platform.python_version(), **{m.__name__: m.__version__ for m in modules})
-    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.processor() or platform.machine()
-    threads, dtype = torch.get_num_threads(), str(ctx.dtype).removeprefix("torch.")
-    ctx.log("hardware", device=ctx.device.type, name=name, world=ctx.world, threads=threads, dtype=dtype)
-    for name, value in asdict(config).items():
-        ctx.log("config", name=name, value=repr(value) if isinstance(value, float) else value, source=source[name])
-
-
-def counted_files(moe_experts: int = 0) -> list[Path]:
-    """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
-    names = "train_gpt data/shards kernels/attention kernels/head kernels/newton_schulz kernels/quantize kernels/rans"
-    paths = [Path(__file__).parent / f"{name}.py" for name in [*names.split(), *["kernels/moe"] * (moe_experts > 0)]]
-    return [path for path in paths if path.is_file()]
-
-
-def hash_counted_code(moe_experts: int = 0) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in counted_files(moe_experts))).hexdigest()
-
-
-def log_plan(config: Config, k_scale: float, model: LoopedGPT, ctx: RunContext) -> None:
-    """Sizes and forecasts, before anything is trained."""
-    counts = dict.fromkeys(("core", "edge", "embed", "table", "vector"), 0)
-    for name, p in model.named_parameters():
-        counts[model.role(name)] += p.numel()
-    params, plan, limit = sum(counts.values()), model.plan, config.byte_limit
-    artifact_bytes = forecast_bytes(model, build_grids(config, model, k_scale))
-    total_bytes = artifact_bytes + config.code_reserve
-    if limit and total_bytes > 1.05 * limit:
-        raise DoesNotFit(f"byte_limit={limit:,}: {total_bytes:,} bytes are expected; raise --k_scale or leave it at 0")
-    mean_r, learned = expect_depth(config), expect_depth(config, config.bptt)
-    flops = compute_flops(config, mean_r, learned)
-    rows = (config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)) * config.seq_len
-    n_kept = plan.count_passes(min(config.rows, config.bptt or config.rows))  # passes that wait for their gradient
-    inside = 10 * config.model_dim + 3 * config.mlp_dim
-    values = n_kept * config.model_dim + inside if config.checkpoint_passes else n_kept * inside
-    memory = rows * (values * ctx.dtype.itemsize + 8 * config.vocab_size) + params * 24
-    # rough on purpose: 40% of an H100's bf16 peak, or what a recent processor's core gives this model
-    core = 0.2e12 if ctx.dtype == torch.bfloat16 else 0.06e12
-    rate = 400e12 if ctx.device.type == "cuda" else core * torch.get_num_threads()
-    core_bits = compute_gaussian_bits(Grid(config.core_bits, config.core_k * k_scale))
-    ctx.log("model", params=params, **counts, passes=plan.count_passes(config.depth), blocks=len(model.blocks),
-            **(dict(mean_r=mean_r) if plan.is_variable else {}))  # fmt: skip
-    ctx.log("forecast", k_scale=k_scale, core_bits=core_bits, artifact_bytes=artifact_bytes, total_bytes=total_bytes)
-    step_ms = 1000 * flops * config.batch_tokens / (rate * ctx.world)
-    ctx.log("forecast", flops_per_token=flops, step_ms=step_ms, memory_mb=memory / 1e6, device=ctx.device.type)
-    if config.k_scale and limit and total_bytes > 0.97 * limit:
-        ctx.log.line(f"# warning: {total_bytes / limit:.1%} of byte_limit expected, the export may coarsen the grid")
-
-
-def dry_run(config: Config, ctx: RunContext) -> None:
-    with torch.device("meta"):
-        model = LoopedGPT(config)
-    by_part = Counter()
-    for name, p in model.named_parameters():
-        by_part[re.match(r"blocks\.\w|\w+", name)[0]] += p.numel()
-    ctx.log.line(f"params:{by_part.total()}")
-    for part, count in by_part.items():
-        ctx.log("part", name=part, params=count)
-    log_plan(config, plan_k_scale(config, model), model, ctx)
-
-
-def check_split(config: Config, ctx: RunContext) -> None:
-    tokens, size, whole = config.batch_tokens, config.micro_batch, config.batch_tokens // config.seq_len
-    if whole % ctx.world:
-        raise ConfigError(f"batch_tokens={tokens}: {whole} sequences do not split over {ctx.world} ranks")
-    if size and whole // ctx.world % size:
-        raise ConfigError(f"micro_batch={size} does not divide the {whole // ctx.world} sequences of a rank")
-
-
-def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, tokenizer: dict, path: Path) -> None:
-    """Writes the artifact, unless it is over the limit. From here on only that file is used."""
-    if ctx.rank == 0:
-        try:
-            content = fit_artifact(config, model, trained.averaged, trained.hessians, trained.k_scale, tokenizer)
-        except DoesNotFit as error:
-            raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
-        write_atomic(path, content)
-    if ctx.world > 1:
-        dist.barrier()
-
-
-def score_artifact(
-    artifact: Artifact, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, tokenizer: dict
-) -> dict:
-    """The score, from the file, in the mode that the config fixed; and the diagnostics that were asked for."""
-    if artifact.tokenizer != tokenizer:
-        raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
-    load_weights(model, artifact.tensors)
-    started = time.perf_counter()
-    final = evaluate(config.score_mode, model, config, ctx, val)
-    found = dict(val_bpb=final.bpb, val_loss=final.loss, score_mode=config.score_mode)
-    found["eval_s"] = time.perf_counter() - started
-    for mode in CHOICES["score_mode"]:
-        if mode in config.also.split(","):
-            score = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
-            found[f"bpb_{mode}"] = score.bpb
-    total, limit = artifact.size + ctx.code_bytes, config.byte_limit
-    found |= dict(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
-    return found | dict(fits="no" if 0 < limit < total else "yes", artifact_sha256=artifact.sha256)
-
-
-def log_result(found: dict, ctx: RunContext) -> dict:
-    """The last line of a run: its fields in their order, as far as they were found."""
-    order = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain bpb_sliding bpb_banded bpb_sgd
-        bpb_lora steps tokens train_s eval_s artifact_bytes code_bytes total_bytes limit fits seed recipe
-        artifact_sha256"""
-    result = {name: found[name] for name in order.split() if name in found}
-    result |= {name: f"{value:.8f}" for name, value in result.items() if name.startswith(("val_", "bpb_"))}
-    ctx.log("result", **result)
-    return result
-
-
-def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
-    """--score: the model comes from the file, how to score too unless said otherwise."""
-    artifact = load_artifact(config.score)
-    stored = {name: value for name, value in artifact.stored.items() if source[name] not in ("cli", "env")}
-    config = replace(config, **stored, batch_tokens=stored.get("seq_len", config.seq_len))
-    model = build_judge(config, ctx)
-    if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in artifact.tensors.items()}:
-        raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
-    val, tokenizer = load_validation(config, ctx)
-    log_result(score_artifact(artifact, model, config, ctx, val, tokenizer), ctx)
-
-
-def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
-    """The whole run: data, model, training, artifact, score from the artifact."""
-    check_split(config, ctx)
-    # ranks that start in different seconds would look for the artifact in different folders
-    started = ctx.gather(torch.tensor([time.time()], dtype=torch.float64, device=ctx.device))[0].item()
-    config = replace(config, run_id=config.run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(started)))
-    folder = Path(config.resume or f"runs/{config.run_id}")
-    if ctx.rank == 0 and not config.resume and (folder / "config.json").exists():  # later ranks see rank 0's own
-        raise ConfigError(f"run_id={config.run_id}: {folder} holds a run already; choose another or --resume {folder}")
-    val, tokenizer = load_validation(config, ctx)
-    stream = TokenStream(config.data_path, "train", config.vocab_size)
-    model = build_model(config, ctx)
-    k_scale = plan_k_scale(config, model)
-    model.init_weights(config.seed)
-    if ctx.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for cut_off in folder.glob(".*.part"):
-            cut_off.unlink()  # what a killed process was writing
-        ctx.log.open(folder / "log.txt")
-        write_atomic(folder / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=1).encode())
-        write_atomic(folder / "tokenizer.model", config.tokenizer_file.read_bytes())
-    log_head(config, source, ctx)
-    ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
-    log_plan(config, k_scale, model, ctx)
-    trained = train(config, ctx, model, k_scale, stream, folder)
-    found = dict(steps=trained.at.step, tokens=trained.at.step * config.batch_tokens, train_s=trained.at.used_s)
-    path, judge = folder / "artifact.lg", build_judge(config, ctx)
-    for name, weights in (("trained", dict(model.named_parameters())), ("averaged", trained.averaged)):
-        if name in config.also.split(","):
-            load_weights(judge, weights)
-            found[f"bpb_{name}"] = evaluate("plain", judge, config, ctx, val, name).bpb
-    export(config, ctx, model, trained, tokenizer, path)
-    found |= score_artifact(load_artifact(path), judge, config, ctx, val, tokenizer)
-    result = log_result(found | dict(seed=config.seed, recipe=config.recipe), ctx)
-    if ctx.rank == 0:
-        report = dict(result=result, config=asdict(config), source=source)
-        write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
-
-
-def exit_code(error: Exception) -> int:
-    """1 crash, full disk, interruption or non-finite loss, 2 bad input, 3 does not fit, 4 corrupt artifact."""
-    return getattr(error, "exit_code", 2 if isinstance(error, DataError) else 1)
-
-
-def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
-    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        return 0
-    try:
-        config, source = parse_config(argv, environ)
-        ctx = build_context(config, environ, code_bytes or config.code_reserve)
-        if config.dry_run:
-            dry_run(config, ctx)
-        else:
-            (score_only if config.score else run)(config, source, ctx)
-        if ctx.world > 1:
-            dist.barrier()  # no rank takes the group from one that still uses it
-        return 0
-    except BrokenPipeError:
-        return 1  # whoever read the output has seen enough
-    except (Stop, DataError, OSError) as error:
-        if environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_code(error)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory; set --micro_batch to half of the sequences of a rank", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))
 # ==== data/shards.py ====
 """The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens; and the
 shards of a split as one stream of tokens.
@@ -2353,6 +2424,8 @@ REPLACE = "delete it and build or download it again"
 
 class DataError(ValueError):
     """Data that cannot be used: one line with the file, what is wrong with it and how to mend it."""
+
+    exit_code = 2
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -2468,21 +2541,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Cache:
+    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
+    look back on two), keys and values for the last window: one more than is seen, so that lengths stay round.
+    `repetitions` of the *r group keep keys and values of their own; what comes deeper shares those of the last, so
+    that 1 keeps those of the final repetition only."""
+
+    def __init__(self, window: int, repetitions: int = 256):
+        self.window, self.repetitions = window, repetitions
+        self.tokens: Tensor | None = None
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self.kept[0][0].shape[1] if self.kept else 0
+
+    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window) :] for t in pair)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
     """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
     q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""
+    return (attend_in_blocks if q.device.type == "cpu" else attend_fused)(q, k, v, window, docs)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
-    if q.device.type != "cpu":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = None
-        if past or window < L or docs is not None:
-            lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
-            mask = (lag >= 0) & (lag < window)
-        if docs is not None:
-            mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != J)
-        return y.transpose(1, 2).reshape(B, T, H * K)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None
+    if past or window < L or docs is not None:
+        lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+        mask = (lag >= 0) & (lag < window)
+        k, v = (t.repeat_interleave(H // J, 1) for t in (k, v))  # few of the kernels that take a mask share heads
+    if docs is not None:
+        mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
+    return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
+    past = L - T
     # the query heads that share keys are rows of one product
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
@@ -2697,15 +2798,17 @@ if triton:
     codes, step = round_with_feedback(weight, hessian, grid)  GPTQ: the same grid, other points of it
     weight = dequantize_tensor(codes, step)
     round_to_grid(weight, out, grid)                          there and back, written to `out`
+    latents = Latents(model, grids); latents.publish()        what learns, in float32; its rounding to the model
 
 The step of a row's grid is k standard deviations over the largest code, without a floor. For round_to_grid, of all
 weights in every step, one kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import triton
@@ -2723,6 +2826,11 @@ class Grid:
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def gaussian_bits(self) -> float:
+        """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
+        edges = (torch.arange(-self.largest, self.largest, dtype=torch.float64) + 0.5) * (self.k / self.largest)
+        return compute_bits(torch.special.ndtr(edges).diff(prepend=torch.zeros(1), append=torch.ones(1)))
+
 
 def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
@@ -2733,6 +2841,17 @@ def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
+
+
+def compute_entropy(codes: Tensor) -> float:
+    """Bits per code of an order-0 coder for these int8 codes."""
+    return compute_bits(torch.bincount(codes.flatten().long() + 128, minlength=256).double())
+
+
+def compute_bits(weights: Tensor) -> float:
+    """Bits per symbol of an order-0 code for symbols that occur in these proportions."""
+    shares = weights[weights > 0] / weights.sum()
+    return -(shares * shares.log2()).sum().item()
 
 
 def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -2767,6 +2886,44 @@ def round_to_grid_ref(weight: Tensor, out: Tensor, grid: Grid) -> None:
 
 def round_to_grid(weight: Tensor, out: Tensor, grid: Grid) -> None:
     (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, grid)
+
+
+class Latents:
+    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
+
+    def __init__(self, model: nn.Module, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
+        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen)}
+        self.working, self.grids = named, grids or dict.fromkeys(named)
+        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
+        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
+        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
+        for weight, view in zip(self.weights.values(), views):
+            weight.grad = view.view_as(weight)
+
+    def collect(self) -> None:
+        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
+        for name, p in self.working.items():
+            if p.grad is not None:
+                self.weights[name].grad.add_(p.grad)
+                p.grad = None
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], share: float, clip: float) -> Tensor:
+        """Sums over ranks, scales by `share`, clips the norm and returns it. A gradient that is not finite becomes
+        zero, so that a run which stops at such a norm has weights that are still good."""
+        grad = sum_over_ranks(self.flat_grad).mul_(share)
+        norm = grad.norm()
+        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
+        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Writes the latents to the working weights, on the grid where there is one."""
+        for name, weight in self.weights.items():
+            if grid := self.grids[name]:
+                round_to_grid_ref(weight, self.working[name], grid)
+            else:
+                self.working[name].copy_(weight)
 
 
 if triton:
