@@ -107,10 +107,12 @@ class Case:
         )  # fmt: skip
 
     def score_speed(self, mode: str, n_tokens: int) -> dict:
-        """Scored tokens per second; forward tokens per scored one, padding included."""
+        """Scored tokens per second, by the model that runs score with; forward tokens per scored one, with padding."""
         tokens = torch.from_numpy(self.stream.read(0, n_tokens))
         tokens[:: max(self.config.seq_len, 2)] = self.config.bos_id
-        scorer = build_scorer(mode, self.model, self.config, self.ctx)
+        judge = train_gpt.build_judge(self.config, self.ctx)
+        judge.load_state_dict(self.model.state_dict())
+        scorer = build_scorer(mode, judge, self.config, self.ctx)
         scorer.warm_up()
         meter, forwarded = Positions(), 0
 
@@ -118,7 +120,7 @@ class Case:
             nonlocal forwarded
             forwarded += inputs[0].numel()
 
-        hook = self.model.register_forward_pre_hook(count)
+        hook = judge.register_forward_pre_hook(count)
         started = time.perf_counter()
         score_tokens(scorer, tokens, meter)
         self.ctx.sync()
