@@ -13,10 +13,12 @@ from helpers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tools.pack
 import train_gpt
 from tools import record, stats
 from tools.entry import read_entry
 from tools.rules import RULES, judge
+from tools.rules_folder import code
 from tools.trainlog import read_train_log
 from tools.verdicts import BAD, OK, UNKNOWN
 
@@ -466,6 +468,18 @@ def test_a_planted_fault_is_found_by_its_rules(name, folders, tmp_path):
     folder = shutil.copytree(folders[track], tmp_path / track / folders[track].name)
     folder = plant(folder) or folder
     assert violated(folder) == rules
+
+
+def test_a_start_script_of_an_earlier_packer_is_no_fault(folders, tmp_path, monkeypatch):
+    """What it starts cannot be read by this one, which is no reason to say that it is another program."""
+    folder = shutil.copytree(folders["track_pocket"], tmp_path / "2026-05-01_Tiny")
+    monkeypatch.setattr(tools.pack, "START", "import sys\n" + tools.pack.START)
+    modules = tools.pack.load_counted()
+    (folder / "train_gpt.py").write_bytes(tools.pack.pack(modules)[0])
+    monkeypatch.undo()
+    found = [*code(read_entry(folder))]
+    assert (UNKNOWN, "train_gpt.py: a zip application with another start script") in found
+    assert not any("was not packed from" in text for _, text in found)
 
 
 def test_the_exit_code_tells(folders, tmp_path, capsys):
