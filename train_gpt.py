@@ -10,7 +10,7 @@ this code, and the score (bits per byte) is computed from that file, reloaded.
 
 Sections: 1 config, 2 run context, 3 data, 4 schedules, 5 quantization, 6 model, 7 optimizers, 8 artifact,
 9 evaluation, 10 training, 11 main. What others rely on, such as the plan language, the file format and the rules of the
-score, is in contracts/; heavy operations are in kernels/. Dimension letters: B batch, T tokens, D width, H heads,
+score, is in loopgolf/; heavy operations are in kernels/. Dimension letters: B batch, T tokens, D width, H heads,
 G query heads per key-value head, K head width, V vocabulary, P passes, L tokens that a query can look at.
 """
 
@@ -43,17 +43,17 @@ import zstandard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from contracts.artifact import Artifact, Shapes, pack_artifact, quantize_weights, unpack_artifact, write_atomic
-from contracts.context import Clock, Log, RunContext, StopSignals, find_compiler_fault, keep_freed_memory
-from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
-from contracts.options import describe_options, did_you_mean, holds_fields, parse_command_line, parse_environment
-from contracts.plan import Pass, parse_pass_set, parse_plan
-from contracts.scoring import BpbMeter, ByteCounter, Score, Scoring, build_scorer, score_tokens
-from data.shards import DataError, TokenStream, find_shards
+from data.shards import TokenStream, find_shards
 from kernels.attention import Cache, attend, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
-from kernels.quantize import Grid, Latents, compute_entropy, quantize_tensor
+from loopgolf.artifact import Artifact, Shapes, pack_artifact, quantize_weights, unpack_artifact
+from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
+from loopgolf.options import did_you_mean, find_wrong_fields, parse_command_line, parse_environment
+from loopgolf.plan import Pass, parse_pass_set, parse_plan
+from loopgolf.quantize import Grid, Latents, compute_entropy, quantize_tensor
+from loopgolf.runtime import Clock, Log, RunContext, StopSignals, find_compiler_fault, keep_freed_memory, write_atomic
+from loopgolf.scoring import BpbMeter, ByteCounter, Score, Scoring, build_scorer, score_tokens
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config
@@ -326,7 +326,7 @@ def load_started_config(folder: Path, given: dict[str, object]) -> dict:
     """A resumed run keeps the config that it was started with; only what does not change its result may differ."""
     try:
         stored = json.loads((folder / "config.json").read_text())
-        if not holds_fields(stored, Config):
+        if find_wrong_fields(stored, Config):
             raise ValueError("other fields")
     except (OSError, ValueError):
         raise ConfigError(f"resume={folder}: config.json there is missing, damaged or of another version") from None
@@ -338,13 +338,13 @@ def load_started_config(folder: Path, given: dict[str, object]) -> dict:
 
 def help_text() -> str:
     title = f"{__doc__ or ''}\nOptions: --name value, or NAME=value in the environment. Recipes: {', '.join(RECIPES)}."
-    return "\n".join([title, *describe_options(Config)])
+    return title
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Run context
 # ----------------------------------------------------------------------------------------------------------------------
-# Finds rank, device, dtype and compile mode, once; contracts/context.py says what they mean.
+# Finds rank, device, dtype and compile mode, once; loopgolf/context.py says what they mean.
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
@@ -596,9 +596,9 @@ class Block(nn.Module):
         self.gates = vector(2 * has_moe)  # of the MLP and of the mixture beside it
         if has_moe:
             try:
-                from kernels.moe import MoE  # packed only where it is asked for
+                from loopgolf.moe import MoE  # packed only where it is asked for
             except ImportError:
-                raise ConfigError(f"moe_experts={config.moe_experts}: pack this script --with kernels.moe") from None
+                raise ConfigError(f"moe_experts={config.moe_experts}: pack this script --with loopgolf.moe") from None
             self.moe = MoE(D, config.moe_hidden, config.moe_experts, config.moe_top, loops, Linear, dtype)
 
     def forward(self, x, x0, mix, scale, adapter, loop, value, is_xsa: bool, reach: Reach, past, keep: bool, lora):
@@ -1001,7 +1001,7 @@ class WeightAverage:
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Artifact
 # ----------------------------------------------------------------------------------------------------------------------
-# What goes into the file that is scored; contracts/artifact.py is its format.
+# What goes into the file that is scored; loopgolf/artifact.py is its format.
 
 
 def fit_artifact(
@@ -1032,7 +1032,7 @@ def fit_artifact(
 
 def config_from_stored(stored: dict) -> Config:
     """The config of a stored artifact."""
-    if not holds_fields(stored, Stored):
+    if find_wrong_fields(stored, Stored):
         raise ArtifactError("its config does not hold the fields of this version, each of its type")
     try:
         return Config(**stored, batch_tokens=stored["seq_len"])
@@ -1064,7 +1064,7 @@ def load_artifact(path: str | Path) -> Artifact:
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
-# What is scored, with which model; contracts/scoring.py is how.
+# What is scored, with which model; loopgolf/scoring.py is how.
 
 
 def build_judge(config: Config, ctx: RunContext) -> LoopedGPT:
@@ -1267,7 +1267,9 @@ def train(
             settings = settings_at(config, progress, at.step)
             step_loss = train_step(model, optim, load_batch(stream, at.step, config, ctx), settings, ctx)
             average.update(latents.weights, at.step, progress)
-            loss, now, is_stopped = ctx.agree(step_loss, clock.read(), stop.seen)
+            loss = ctx.mean_loss(step_loss)
+            clocks, stops = ctx.gather_numbers(clock.read(), stop.seen)
+            now, is_stopped = max(clocks), any(stops)
             at = Progress(at.step + 1, now, now - at.used_s)
             budget.recent.append(at.step_s)
             if at.step % config.log_every == 0 or at.step == 1 or progress == 1.0:
@@ -1280,7 +1282,7 @@ def train(
             is_bad = not math.isfinite(loss)
             if is_bad or is_stopped or (config.checkpoint_every_s and now - saved_at > config.checkpoint_every_s):
                 save_checkpoint(folder, optim, average, at, ctx)
-                saved_at = at.used_s = ctx.agree(step_loss, clock.read(), False)[1]
+                saved_at = at.used_s = clock.read_slowest()
             if is_bad:
                 saved = folder / "checkpoint.pt"
                 raise NonFiniteLoss(f"loss {loss} at step {at.step}; lower a learning rate; {saved} has finite weights")
@@ -1320,9 +1322,9 @@ def counted_files(moe_experts: int = 0) -> list[Path]:
     """The files that a run is made of: this script and what it imports from the repository. Packed, it is one."""
     rooms = {
         "": "train_gpt",
-        "contracts": "artifact context errors options plan scoring",
+        "loopgolf": "artifact coder errors options plan quantize runtime scoring" + " moe" * (moe_experts > 0),
         "data": "shards",
-        "kernels": "attention head newton_schulz quantize rans" + " moe" * (moe_experts > 0),
+        "kernels": "attention head newton_schulz rounding",
     }
     paths = [Path(__file__).parent / room / f"{name}.py" for room, names in rooms.items() for name in names.split()]
     return [path for path in paths if path.is_file()]

@@ -35,8 +35,9 @@ from data.folder import (
     run_program,
     write_manifest,
 )
-from data.shards import DataError, find_shards, read_shard
+from data.shards import find_shards, read_shard
 from data.tokenizer import load_tokenizer
+from loopgolf.errors import DataError
 
 # The challenge's own repository holds sp1024 only; other vocabularies are published by participants.
 REPOSITORIES = {"sp1024": "willdepueoai/parameter-golf", "sp8192": "kevclark/parameter-golf"}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
-from data.shards import DataError
+from loopgolf.errors import DataError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"

@@ -44,8 +44,8 @@ from data.folder import (
     started_pool,
     write_manifest,
 )
-from data.shards import DataError
 from data.tokenizer import encode_documents, is_validation, train_tokenizer
+from loopgolf.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CHARS = 200

@@ -6,11 +6,13 @@ needs numpy only; what a training run does not use is not packed.
 """
 
 import hashlib
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
+
+from loopgolf.errors import DataError
+from loopgolf.runtime import write_atomic
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -19,12 +21,6 @@ HEADER_BYTES = 4 * HEADER_WORDS
 CHECK_TOKENS = 1 << 22   # tokens per step of the range check, so that a shard never fills the memory
 MAKE_DATA = "make it with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
 REPLACE = "delete it and build or download it again"
-
-
-class DataError(ValueError):
-    """Data that cannot be used: one line with the file, what is wrong with it and how to mend it."""
-
-    exit_code = 2
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -114,13 +110,4 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
                         "use a vocabulary of at most 65536")
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            file.write(header.data)
-            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
-            file.flush()
-            os.fsync(file.fileno())   # before the rename: a crash must not leave the name on missing bytes
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())

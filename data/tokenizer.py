@@ -37,7 +37,8 @@ from data.folder import (
     started_pool,
     write_manifest,
 )
-from data.shards import DataError, write_shard
+from data.shards import write_shard
+from loopgolf.errors import DataError
 
 SHARD_TOKENS = 100_000_000   # the challenge's own
 TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time

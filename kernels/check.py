@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention, head, mlp, newton_schulz, quantize
+from kernels import attention, head, mlp, newton_schulz, rounding
 
 MOST = 2.0  # times the error of PyTorch in bfloat16
 FLOOR = 1e-5  # errors below are luck: a mean over many rows is nearly exact in any dtype
@@ -61,7 +61,7 @@ def draw_latent(*shape: int) -> list[Tensor]:
 
 def round_with(function: Callable) -> Callable[..., Tensor]:
     def rounded(weight: Tensor, out: Tensor) -> Tensor:
-        function(weight, out, quantize.Grid(6, 12.85))
+        function(weight, out, 31, 12.85)
         return out
 
     return rounded
@@ -77,7 +77,7 @@ def build_cases() -> list[Case]:
         # eight matrices to a batch, as on one GPU; the odd ones are tall, and many enough for the large tiles
         Case("newton_schulz", advance_with(newton_schulz.advance_triton), advance_with(newton_schulz.advance_ref),
              ((8, 1024, 2048), (3, 1024, 1024), (66, 391, 261)), draw_matrices, False),
-        Case("quantize", round_with(quantize.round_to_grid_triton), round_with(quantize.round_to_grid_ref),
+        Case("rounding", round_with(rounding.round_to_grid_triton), round_with(rounding.round_to_grid_ref),
              ((2048, 1024), (77, 131)), draw_latent, False),
     ]  # fmt: skip
     if mlp.has_room(torch.device("cuda")):

@@ -11,9 +11,9 @@ from urllib.parse import unquote
 import torch
 
 import train_gpt
-from contracts.artifact import pack_artifact, quantize_weights
-from contracts.context import Log, RunContext
-from kernels.quantize import Grid
+from loopgolf.artifact import pack_artifact, quantize_weights
+from loopgolf.quantize import Grid
+from loopgolf.runtime import Log, RunContext
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from contracts.artifact import decompress, unpack_artifact, write_atomic
-from contracts.errors import ArtifactError
-from kernels.quantize import dequantize_tensor, quantize_tensor
+from loopgolf.artifact import decompress, unpack_artifact
+from loopgolf.errors import ArtifactError
+from loopgolf.quantize import dequantize_tensor, quantize_tensor
+from loopgolf.runtime import write_atomic
 from train_gpt import LoopedGPT, load_artifact, stored_shapes
 
 TOKENIZER = dict(sha256="0" * 64, vocab=384)

@@ -15,8 +15,8 @@ import pytest
 from helpers import pack_weights, plan_grids, tiny_config, tiny_model
 from test_artifact import TOKENIZER, seal, split
 
-from contracts.artifact import unpack_artifact
-from contracts.errors import ArtifactError
+from loopgolf.artifact import unpack_artifact
+from loopgolf.errors import ArtifactError
 from train_gpt import stored_shapes
 
 MUTATIONS = int(os.environ.get("LOOPGOLF_FUZZ", "2000"))

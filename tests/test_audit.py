@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_model
 
-import kernels.moe
+import loopgolf.moe
 import train_gpt
-from contracts.scoring import ByteCounter, LoraScorer, SgdScorer, Window, WindowScorer, build_scorer
 from data.shards import TokenStream
 from kernels.attention import attend
+from loopgolf.scoring import ByteCounter, LoraScorer, SgdScorer, Window, WindowScorer, build_scorer
 from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
 from train_gpt import LoopedGPT
 
@@ -129,13 +129,13 @@ def test_a_mask_that_is_off_by_one_is_caught(judge, monkeypatch):
 
 def test_experts_that_choose_their_tokens_are_caught(judge, monkeypatch):
     """Whether an expert takes a token then depends on the tokens behind it."""
-    chosen_by_token = kernels.moe.choose
+    chosen_by_token = loopgolf.moe.choose
 
     def choose(logits, top):
         taken = logits.topk(len(logits) * top // logits.shape[1], 0).indices
         return chosen_by_token(logits + torch.zeros_like(logits).scatter(0, taken, 100.0), top)
 
-    monkeypatch.setattr(kernels.moe, "choose", choose)
+    monkeypatch.setattr(loopgolf.moe, "choose", choose)
     assert broken(judge("plain", **EXPERTS)) == {"causal"}
 
 

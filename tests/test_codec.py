@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from contracts.scoring import BpbMeter, ByteCounter, build_scorer
 from data.tokenizer import LETTERS_OF_NOBODY, encode_document, train_tokenizer
+from loopgolf.scoring import BpbMeter, ByteCounter, build_scorer
 from tools import codec
-from tools.predict import Predictor, Speller, load_predictor
+from tools.lib.predictor import Predictor, Speller, load_predictor
 
 MODES = ("plain", "sliding", "banded", "sgd", "lora")
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24)
@@ -87,7 +87,7 @@ def test_what_a_tokenizer_would_change_goes_by_bytes(speller, monkeypatch):
     def squeezing(tokenizer, text):
         return plain(tokenizer, " ".join(text.split()))
 
-    monkeypatch.setattr("tools.predict.encode_document", squeezing)
+    monkeypatch.setattr("tools.lib.predictor.encode_document", squeezing)
     for content in (b"the list  of the", b" the", b"the\n of ", b"   ", "é\tx".encode()):
         assert_comes_back(speller, content)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from contracts.context import find_compiler_fault
+from loopgolf.runtime import find_compiler_fault
 from train_gpt import LoopedGPT
 
 

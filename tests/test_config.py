@@ -9,7 +9,7 @@ import json
 import pytest
 from helpers import TINY, options, tiny_config
 
-from contracts.errors import ConfigError
+from loopgolf.errors import ConfigError
 from train_gpt import RECIPES, Config, Stored, help_text, parse_config
 
 POCKET = ["--recipe", "pocket"]

@@ -8,9 +8,9 @@ import torch
 from helpers import ROOT, clean_environment, events, tiny_options, write_artifact
 
 import train_gpt
-from contracts.context import RunContext
+from loopgolf.runtime import RunContext
 from tools import depth, sweep
-from tools.exits import EarlyExit
+from tools.lib.exits import EarlyExit
 
 LOOP = dict(plan="ab(^cd~)*re", skips="none", depth=3, max_r=4, xsa_passes="none", ve_passes="none")
 TOKENS = 350  # the last window of 32 is not full

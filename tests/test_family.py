@@ -19,16 +19,16 @@ from helpers import events, options, tiny_config, tiny_context, tiny_model
 from test_model import draw_tokens, norm, states_one_by_one
 
 import train_gpt
-from contracts.errors import ConfigError
-from contracts.plan import Group, parse_plan
-from contracts.scoring import BpbMeter
 from data.shards import TokenStream
 from kernels.attention import Cache
-from kernels.quantize import Latents
-from kernels.rans import decode_matrices
+from loopgolf.coder import decode_matrices
+from loopgolf.errors import ConfigError
+from loopgolf.plan import Group, parse_plan
+from loopgolf.quantize import Latents
+from loopgolf.scoring import BpbMeter
 from tools import audit, sample
-from tools.exits import EarlyExit
-from tools.predict import Predictor, load_predictor
+from tools.lib.exits import EarlyExit
+from tools.lib.predictor import Predictor, load_predictor
 from train_gpt import RECIPES, Config, Lion, compute_flops, expect_depth, settings_at
 
 LOOP = dict(plan="ab(^cd)*re", skips="none", depth=2)
@@ -65,7 +65,7 @@ RATES = {"recursive_d20": dict(table_lr=0.02), "looped_s20": dict(table_lr=0.02)
 def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     decode = functools.cache(decode_matrices)  # few codes take long to decode: once is enough
-    monkeypatch.setattr("contracts.artifact.decode_matrices", lambda data, shapes: decode(data, tuple(shapes)))
+    monkeypatch.setattr("loopgolf.artifact.decode_matrices", lambda data, shapes: decode(data, tuple(shapes)))
 
     def call(program, *given, **named) -> str:
         arguments = [[*map(str, given), *options(**named)]] + [{}] * (program is train_gpt)

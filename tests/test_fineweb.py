@@ -20,8 +20,9 @@ import pytest
 
 from data import fineweb
 from data.folder import write_manifest
-from data.shards import DataError, find_shards, read_shard, write_shard
+from data.shards import find_shards, read_shard, write_shard
 from data.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from loopgolf.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "somebody/some-export"

@@ -1,4 +1,4 @@
-"""Imports point one way: tools, then train_gpt.py, then contracts, then kernels and the shard format.
+"""Imports point one way: tools, then train_gpt.py, then loopgolf, then kernels and the shard format.
 
 Anywhere, by reading the files: pytest tests/test_house.py
 """
@@ -13,11 +13,11 @@ from helpers import ROOT
 import tools.pack
 import train_gpt
 
-OWN = ("train_gpt", "contracts", "data", "kernels", "tools", "tests")
+OWN = ("train_gpt", "loopgolf", "data", "kernels", "tools", "tests")
 MAY_IMPORT = {
-    "tools": ("train_gpt", "contracts", "data", "kernels", "tools"),
-    "train_gpt.py": ("contracts", "data.shards", "kernels"),
-    "contracts": ("contracts", "kernels"),
+    "tools": ("train_gpt", "loopgolf", "data", "kernels", "tools"),
+    "train_gpt.py": ("loopgolf", "data.shards", "kernels"),
+    "loopgolf": ("loopgolf", "kernels"),
     "data": ("data",),
     "kernels": ("kernels",),
 }
@@ -59,6 +59,6 @@ def test_a_room_is_a_package(room):
 @pytest.mark.parametrize("moe_experts", [0, 2])
 def test_the_counted_files_are_those_that_a_run_imports(moe_experts):
     """Which the log proves by their hash, and the packer finds by following imports."""
-    lazy = ["kernels.moe"] * (moe_experts > 0)
+    lazy = ["loopgolf.moe"] * (moe_experts > 0)
     followed = {tools.pack.find_module(name) for name in tools.pack.load_counted(lazy)}
     assert {path.resolve() for path in train_gpt.counted_files(moe_experts)} == followed

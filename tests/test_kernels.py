@@ -22,14 +22,14 @@ from helpers import ROOT, clean_environment
 import kernels.head as head
 import kernels.mlp as mlp
 import kernels.newton_schulz as newton_schulz
-import kernels.quantize as quantize
 import tools.pack
-import tools.script
-from kernels.quantize import Grid, dequantize_tensor, quantize_tensor
+import tools.submission.script
+from kernels import rounding
+from loopgolf.quantize import Grid, dequantize_tensor, quantize_tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
-PUBLIC = {head: "head_loss", mlp: "mlp", newton_schulz: "orthogonalize", quantize: "round_to_grid"}
+PUBLIC = {head: "head_loss", mlp: "mlp", newton_schulz: "orthogonalize", rounding: "round_to_grid"}
 
 needs_triton = pytest.mark.skipif(
     not head.triton,
@@ -169,7 +169,7 @@ def test_rounding_is_that_of_the_exporter(rows, columns, bits, k):
     weight[0] = 0
     weight[-1] *= 1e9  # its step would pass the largest float16
     found = torch.empty_like(weight)
-    quantize.round_to_grid_triton(weight, found, grid)
+    rounding.round_to_grid_triton(weight, found, grid.largest, grid.k)
     assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)))
 
 
@@ -182,7 +182,7 @@ def test_rounding_sends_ties_to_the_even_code():
     grid = Grid(6, 31.0)
     assert quantize_tensor(weight, grid)[1].item() == 1.0
     found = torch.empty_like(weight)
-    quantize.round_to_grid_triton(weight, found, grid)
+    rounding.round_to_grid_triton(weight, found, grid.largest, grid.k)
     assert found[0, :6].tolist() == [0, 0, 2, -2, 0, 0]
 
 
@@ -193,7 +193,7 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
     weight[3] = 0
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(weight.shape, dtype=dtype)
-        quantize.round_to_grid(weight, found, grid)
+        rounding.round_to_grid(weight, found, grid.largest, grid.k)
         assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)).to(dtype))
 
 
@@ -212,7 +212,7 @@ def assert_plain_forms_serve():
     assert torch.equal(mlp.mlp(x, w, w.mT), mlp.mlp_ref(x, w, w.mT))
     found = newton_schulz.orthogonalize(w[None], torch.bfloat16)
     assert torch.equal(found, newton_schulz.orthogonalize_ref(w[None], torch.bfloat16))
-    quantize.round_to_grid(w, torch.empty_like(w), Grid(6, 12.85))
+    rounding.round_to_grid(w, torch.empty_like(w), 31, 12.85)
 
 
 def hopper_cases():
@@ -227,7 +227,7 @@ def hopper_cases():
     half, shape = tile.format(128, 128), [n, n, n]
     yield "mlp", mlp, "mlp_kernel", [left, tile.format(256, 64), None, half, *shape, False, 128, 256, 64], 8
     yield "mlp back", mlp, "mlp_kernel", [left, tile.format(64, 256), half, half, *shape, True, 128, 256, 64], 8
-    yield "round", quantize, "round_kernel", ["*fp32", "*bf16", n, f, f, 1024], 4
+    yield "round", rounding, "round_kernel", ["*fp32", "*bf16", n, f, f, 1024], 4
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def packed_kernels(tmp_path_factory):
     trees["train_gpt"] = ast.parse("\n".join([*uses, f"def main(): return {', '.join(PUBLIC.values())}"]))
     content, _ = tools.pack.pack(trees)
     path = tmp_path_factory.mktemp("packed") / "packed.py"
-    path.write_text(tools.script.unpack_zip(content))
+    path.write_text(tools.submission.script.unpack_zip(content))
     spec = importlib.util.spec_from_file_location("packed_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,7 +9,8 @@ from helpers import tiny_config, tiny_context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import DataError, TokenStream, write_shard
+from data.shards import TokenStream, write_shard
+from loopgolf.errors import DataError
 from train_gpt import load_batch
 
 

@@ -7,7 +7,7 @@ from helpers import parse_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.context import Log, format_value
+from loopgolf.runtime import Log, format_value
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Zs", "Cf"]) | st.sampled_from(" %\n\t:")))

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Cache
-from kernels.moe import MoE, balance_losses, choose, dense_ref, dispatch
-from kernels.quantize import Grid, quantize_tensor, round_with_feedback
+from loopgolf.moe import MoE, balance_losses, choose, dense_ref, dispatch
+from loopgolf.quantize import Grid, quantize_tensor, round_with_feedback
 from train_gpt import Linear, LoopedGPT, compute_flops, main
 
 SHAPES = [(1, 8, 8, 1, 1), (5, 8, 16, 4, 2), (33, 16, 8, 11, 2), (64, 24, 16, 5, 3), (17, 8, 8, 3, 3)]  # N D H E top
@@ -252,7 +252,7 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(
-        "contracts.artifact.round_with_feedback",
+        "loopgolf.artifact.round_with_feedback",
         lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g),
     )
     limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data.shards import TokenStream
 from kernels.newton_schulz import orthogonalize_ref as orthogonalize
-from kernels.quantize import Latents
+from loopgolf.quantize import Latents
 from train_gpt import Optimizers, Settings, WeightAverage, train_step, warm_up
 
 FULL = Settings(lr_scale=1.0, momentum=0.9, depth=1)

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_options
 
 import tools.pack
-import tools.script
+import tools.submission.script
 import train_gpt
 
 
@@ -60,7 +60,7 @@ def test_what_main_never_reaches_stays_out(packed):
     text = read_module(packed)
     for message in ("value_scales", "zero-byte file", "codes end too early"):  # of all three modules
         assert message in text
-    lazy = "from kernels.moe import"  # by a block with experts, which then asks for the module
+    lazy = "from loopgolf.moe import"  # by a block with experts, which then asks for the module
     assert lazy in text
     assert not re.search(r"(from|import) (data|kernels|tools|triton)\b", text.replace(lazy, ""))
     assert "do not fit into uint16" in (ROOT / "data/shards.py").read_text()
@@ -176,13 +176,13 @@ def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys)
     arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
     done = run_script(packed, arguments, tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert "moe_experts=11" in done.stderr and "--with kernels.moe" in done.stderr
+    assert "moe_experts=11" in done.stderr and "--with loopgolf.moe" in done.stderr
     path = tmp_path / "mixed.py"
-    assert tools.pack.main(["--out", str(path), "--with", "kernels.moe", "--code_reserve", "25000"]) == 0
-    sources = tools.script.counted_sources(11)
+    assert tools.pack.main(["--out", str(path), "--with", "loopgolf.moe", "--code_reserve", "25000"]) == 0
+    sources = tools.submission.script.counted_sources(11)
     assert list(sources)[-1] == "kernels/moe.py"
-    assert tools.script.pack_sources(tools.script.join_sources(sources)) == path.read_bytes()
-    assert tools.script.hash_sources(sources) == train_gpt.hash_counted_code(11) != train_gpt.hash_counted_code()
+    assert tools.submission.script.pack_sources(tools.submission.script.join_sources(sources)) == path.read_bytes()
+    assert tools.submission.script.hash_sources(sources) == train_gpt.hash_counted_code(11) != train_gpt.hash_counted_code()
     assert run_in_empty_folder(path, arguments, tmp_path / "mixed").startswith("params:356497926\n")
     capsys.readouterr()
     assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.more"]) == 2
@@ -190,7 +190,7 @@ def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys)
 
 
 def test_a_packed_mixture_makes_the_artifact_of_the_source(dataset, tmp_path):
-    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.moe", "--code_reserve", "25000"]) == 0
+    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "loopgolf.moe", "--code_reserve", "25000"]) == 0
     found = []
     for name, script in (("source", ROOT / "train_gpt.py"), ("packed", tmp_path / "p.py")):
         arguments = tiny_options(dataset, run_id="r", iterations=2, moe_experts=3, moe_hidden=8, checkpoint_passes=1)

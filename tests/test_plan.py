@@ -12,8 +12,8 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.errors import ConfigError
-from contracts.plan import parse_pass_set, parse_plan
+from loopgolf.errors import ConfigError
+from loopgolf.plan import parse_pass_set, parse_plan
 
 INNERMOST = re.compile(r"\((\^?)([a-zA-Z?!;]+)(~*)\)\*(\d+|r)")
 

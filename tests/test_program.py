@@ -6,13 +6,12 @@ import sys
 import pytest
 from helpers import ROOT, clean_environment
 
-from contracts.errors import ArtifactError, ConfigError, DoesNotFit, Interrupted
-from data.shards import DataError
+from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted
+from loopgolf.runtime import run_program
 from tools.audit import AuditError
+from tools.lib.predictor import InputError
+from tools.lib.runlog import RunError
 from tools.pack import PackError
-from tools.predict import InputError
-from tools.program import run_program
-from tools.runlog import RunError
 
 
 def fail_with(error: BaseException):
@@ -51,7 +50,7 @@ def test_a_bug_is_not_swallowed(error):
 
 def test_a_reader_that_leaves_is_no_traceback():
     """So little is printed that the pipe breaks only when it is flushed."""
-    command = "import sys; from tools.program import run_program; sys.exit(run_program(lambda: print(input())))"
+    command = "import sys; from loopgolf.runtime import run_program; sys.exit(run_program(lambda: print(input())))"
     process = subprocess.Popen(
         [sys.executable, "-c", command], cwd=ROOT, env=clean_environment(), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

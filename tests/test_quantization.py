@@ -10,9 +10,9 @@ from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_mo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.artifact import unpack_artifact
-from contracts.errors import DoesNotFit
-from kernels.quantize import Grid, Latents, dequantize_tensor, quantize_tensor, round_with_feedback
+from loopgolf.artifact import unpack_artifact
+from loopgolf.errors import DoesNotFit
+from loopgolf.quantize import Grid, Latents, dequantize_tensor, quantize_tensor, round_with_feedback
 from train_gpt import (
     COARSEST,
     FINEST,

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import tools.pack
 import train_gpt
-from tools import record, stats
-from tools.entry import read_entry
-from tools.rules import RULES, judge
-from tools.rules_folder import code
-from tools.trainlog import read_train_log
-from tools.verdicts import BAD, OK, UNKNOWN
+from tools import record
+from tools.submission import stats
+from tools.submission.entry import read_entry
+from tools.submission.folder_rules import code
+from tools.submission.rules import RULES, judge
+from tools.submission.trainlog import read_train_log
+from tools.submission.verdicts import BAD, OK, UNKNOWN
 
 SEEDS = (42, 1337, 2024)
 RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=24_000, score_tokens=0, also="trained,plain")

@@ -31,8 +31,8 @@ from helpers import (
 
 import tools.artifact
 import train_gpt
-from contracts.context import format_value
-from contracts.errors import ConfigError
+from loopgolf.errors import ConfigError
+from loopgolf.runtime import format_value
 from train_gpt import check_split, load_artifact, main
 
 RUN = dict(seed=7, run_id="r", iterations=24, score_mode="sliding", also="trained,averaged,plain", byte_limit=400_000)

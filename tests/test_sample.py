@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from contracts.scoring import BpbMeter
 from kernels.attention import Cache
+from loopgolf.scoring import BpbMeter
 from tools import sample, surprise
-from tools.predict import Predictor, load_predictor
+from tools.lib.predictor import Predictor, load_predictor
 
 
 @pytest.fixture(scope="module")

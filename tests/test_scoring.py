@@ -15,10 +15,10 @@ from helpers import tiny_config, tiny_context, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.context import RunContext
-from contracts.scoring import BpbMeter, ByteCounter, Score, Scoring, SgdScorer, WindowScorer, build_scorer, score_tokens
 from data.shards import TokenStream
 from kernels.attention import Cache
+from loopgolf.runtime import RunContext
+from loopgolf.scoring import BpbMeter, ByteCounter, Score, Scoring, SgdScorer, WindowScorer, build_scorer, score_tokens
 
 
 class LonelyContext(RunContext):

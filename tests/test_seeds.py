@@ -15,7 +15,7 @@ from helpers import ROOT, SMALL, clean_environment, events, tiny_options
 
 import train_gpt
 from tools import seeds
-from tools.stats import sample_std
+from tools.submission.stats import sample_std
 
 RUN = SMALL | dict(iterations=200, also="trained", score_tokens=400)
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import shards
-from data.shards import HEADER_BYTES, SHARD_MAGIC, DataError, find_shards, read_shard, write_shard
+from data.shards import HEADER_BYTES, SHARD_MAGIC, find_shards, read_shard, write_shard
+from loopgolf.errors import DataError
 
 
 @pytest.fixture

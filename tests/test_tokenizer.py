@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokenizer as program
-from data.shards import DataError, find_shards, read_shard
+from data.shards import find_shards, read_shard
 from data.tokenizer import encode_document, load_tokenizer, read_texts, train_tokenizer
+from loopgolf.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = [f"Section {n}.\n\n    The value of  x{n} is returned as\ta list; see the notes.\n\n- one, {n * n}\n"

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from contracts.artifact import Artifact, write_atomic
 from data.shards import TokenStream
-from kernels.quantize import compute_entropy
+from loopgolf.artifact import Artifact
+from loopgolf.quantize import compute_entropy
+from loopgolf.runtime import run_program, write_atomic
+from tools.lib.runlog import RunError
 from tools.plot import import_pyplot
-from tools.program import run_program
-from tools.runlog import RunError
 
 
 @dataclass(frozen=True)

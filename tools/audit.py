@@ -36,12 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from contracts.artifact import write_atomic
-from contracts.context import Log
-from contracts.errors import ConfigError, Stop
-from contracts.scoring import BpbMeter, ByteCounter, Window, WindowScorer, build_scorer, score_tokens
-from tools.program import run_program
-from tools.runlog import RunError
+from loopgolf.errors import ConfigError, Stop
+from loopgolf.runtime import Log, run_program, write_atomic
+from loopgolf.scoring import BpbMeter, ByteCounter, Window, WindowScorer, build_scorer, score_tokens
+from tools.lib.runlog import RunError
 
 RULES = ("causal", "normalized", "score-before-update", "once", "bytes", "documents")
 SUM_TOLERANCE = 1e-4  # float32 log-softmax over some thousand ids

@@ -26,12 +26,11 @@ import numpy as np
 import torch
 
 import train_gpt
-from contracts.context import RunContext
-from contracts.errors import ConfigError
-from contracts.scoring import build_scorer, score_tokens
 from data.shards import TokenStream, write_shard
-from kernels.quantize import Latents
-from tools.program import run_program
+from loopgolf.errors import ConfigError
+from loopgolf.quantize import Latents
+from loopgolf.runtime import RunContext, run_program
+from loopgolf.scoring import build_scorer, score_tokens
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 WARM_STEPS = 2  # after the one that compiles

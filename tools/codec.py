@@ -31,13 +31,11 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from contracts.artifact import write_atomic
-from contracts.context import Log
-from contracts.errors import Stop
-from contracts.scoring import BpbMeter
 from kernels.attention import Cache
-from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
-from tools.program import run_program
+from loopgolf.errors import Stop
+from loopgolf.runtime import Log, run_program, write_atomic
+from loopgolf.scoring import BpbMeter
+from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
 
 MAGIC, VERSION = b"LOOPTEXT", 1
 FREQ_BITS = 24  # frequencies sum to 2^24: 1,024 symbols that all get at least 1 take 0.006% of it

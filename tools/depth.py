@@ -22,13 +22,12 @@ from pathlib import Path
 from torch import Tensor
 
 import train_gpt
-from contracts.context import Log
-from contracts.plan import parse_plan
-from contracts.scoring import BpbMeter, ByteCounter, Score, build_scorer, score_tokens
-from tools.exits import EarlyExit
+from loopgolf.plan import parse_plan
+from loopgolf.runtime import Log, run_program
+from loopgolf.scoring import BpbMeter, ByteCounter, Score, build_scorer, score_tokens
+from tools.lib.exits import EarlyExit
+from tools.lib.predictor import InputError
 from tools.plot import COLORS, GREY, check_picture, import_pyplot, name_points, save_picture
-from tools.predict import InputError
-from tools.program import run_program
 
 
 @dataclass(frozen=True)

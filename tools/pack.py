@@ -1,6 +1,6 @@
 """Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
 it imports become one module, without comments, docstrings and what main() never reaches, minified and compressed. A
-module that is imported inside a function, as kernels.moe by a block with experts, comes along only --with its name.
+module that is imported inside a function, as loopgolf.moe by a block with experts, comes along only --with its name.
 
 The result is a zip application of two entries: a stub, and one bzip2 stream (2% smaller than LZMA on this text) with a
 start script and the module. The stub runs the start script, which writes the module into a private temporary folder,
@@ -10,7 +10,7 @@ same bytes.
 Example:
     python -m tools.pack --out packed.py
     python packed.py --recipe 4b7l --dry_run
-    python -m tools.pack --out packed.py --with kernels.moe --code_reserve 25000      for --recipe osrt_v4
+    python -m tools.pack --out packed.py --with loopgolf.moe --code_reserve 25000      for --recipe osrt_v4
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import train_gpt
-from contracts.artifact import write_atomic
-from contracts.errors import DoesNotFit, Stop
-from tools.program import run_program
+from loopgolf.errors import DoesNotFit, Stop
+from loopgolf.runtime import run_program, write_atomic
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 ENTRY = "train_gpt"
@@ -240,7 +239,7 @@ def pack(modules: dict[str, ast.Module]) -> tuple[bytes, int]:
 
 def run(args: argparse.Namespace) -> None:
     if unknown := [name for name in args.lazy if not find_module(name)]:
-        raise PackError(f"--with {unknown[0]}: no module of this repository; write it like kernels.moe")
+        raise PackError(f"--with {unknown[0]}: no module of this repository; write it like loopgolf.moe")
     content, characters = pack(load_counted(args.lazy))
     if len(content) > args.code_reserve:
         over = f"{len(content)} bytes, more than code_reserve={args.code_reserve}"

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from contracts.artifact import Artifact, write_atomic
-from data.shards import DataError, TokenStream
-from kernels.quantize import compute_entropy
-from tools.program import run_program
-from tools.runlog import RunError, read_log, read_result
+from data.shards import TokenStream
+from loopgolf.artifact import Artifact
+from loopgolf.errors import DataError
+from loopgolf.quantize import compute_entropy
+from loopgolf.runtime import run_program, write_atomic
+from tools.lib.runlog import RunError, read_log, read_result
 
 # colours that stay apart for colour-blind eyes (Okabe and Ito)
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"

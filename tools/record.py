@@ -19,17 +19,17 @@ import shutil
 import sys
 from pathlib import Path
 
-from contracts.errors import DoesNotFit
-from tools import entry as layout
-from tools.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
+from loopgolf.errors import DoesNotFit
+from loopgolf.runtime import run_program
+from tools.lib.runlog import RunError, read_result
 from tools.pack import ROOT
-from tools.program import run_program
-from tools.rules import RULES, judge
-from tools.runlog import RunError, read_result
-from tools.script import counted_sources, hash_sources, join_sources, pack_sources
-from tools.stats import mean, welch
-from tools.trainlog import TrainLog, read_train_log
-from tools.verdicts import BAD, Verdict, decide
+from tools.submission import entry as layout
+from tools.submission.entry import PER_RUN_SETTINGS, TRACKS, Entry, read_entry
+from tools.submission.rules import RULES, judge
+from tools.submission.script import counted_sources, hash_sources, join_sources, pack_sources
+from tools.submission.stats import mean, welch
+from tools.submission.trainlog import TrainLog, read_train_log
+from tools.submission.verdicts import BAD, Verdict, decide
 
 MARGIN_NATS, LARGEST_P = 0.005, 0.01  # what the challenge asks of a new record
 README = """# {name}

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Cache
-from tools.predict import InputError, Predictor, add_model_options, load_predictor
-from tools.program import run_program
+from loopgolf.runtime import run_program
+from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor
 
 
 def keep_top(probs: Tensor, top_p: float) -> Tensor:

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import train_gpt
-from contracts.artifact import write_atomic
-from contracts.errors import Interrupted, Stop
-from tools.entry import PER_RUN_SETTINGS
-from tools.program import run_program, split_options
-from tools.runlog import RunError, read_result
-from tools.stats import mean, sample_std
+from loopgolf.errors import Interrupted, Stop
+from loopgolf.options import split_options
+from loopgolf.runtime import run_program, write_atomic
+from tools.lib.runlog import RunError, read_result
+from tools.submission.entry import PER_RUN_SETTINGS
+from tools.submission.stats import mean, sample_std
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 # column of the table: the heading, and the decimals to print

@@ -26,8 +26,8 @@ import numpy as np
 import zstandard
 from torch import Tensor
 
-from tools.predict import InputError, Predictor, add_model_options, load_predictor, read_file
-from tools.program import run_program
+from loopgolf.runtime import run_program
+from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
 
 SPAN_BYTES = 60  # a span ends at the first space behind so many bytes
 SHOWN = 4  # spans of each kind

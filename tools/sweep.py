@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from contracts.errors import Stop
+from loopgolf.errors import Stop
+from loopgolf.options import split_options
+from loopgolf.runtime import run_program
 from tools import seeds
+from tools.lib.runlog import RunError, read_result
 from tools.plot import GREY, check_picture, import_pyplot, name_points, save_picture
-from tools.program import run_program, split_options
-from tools.runlog import RunError, read_result
-from tools.stats import mean, sample_std
+from tools.submission.stats import mean, sample_std
 
 SHARED = ("data_path", "score_tokens", "score_mode")  # or nothing compares
 

@@ -1,8 +1,6 @@
 """What ends a run before its time: one line for whoever reads it, and an exit code for whatever started it.
 
 0 good    1 crash or non-finite loss    2 bad input    3 does not fit    4 corrupt artifact, or a rule violated
-
-Bad data is a DataError of data/shards.py, which imports nothing from here.
 """
 
 
@@ -14,6 +12,10 @@ class Stop(Exception):
 
 class ConfigError(Stop):
     """A setting that cannot work."""
+
+
+class DataError(Stop):
+    """Data that cannot be used: the file, what is wrong with it and how to mend it."""
 
 
 class DoesNotFit(Stop):

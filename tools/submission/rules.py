@@ -4,11 +4,11 @@ folder does not tell is said to be so, and never guessed.
 
 from __future__ import annotations
 
-from tools import rules_folder, rules_numbers
-from tools.entry import Entry
-from tools.verdicts import Verdict, decide
+from tools.submission import folder_rules, number_rules
+from tools.submission.entry import Entry
+from tools.submission.verdicts import Verdict, decide
 
-RULES = rules_folder.RULES | rules_numbers.RULES
+RULES = folder_rules.RULES | number_rules.RULES
 
 
 def judge(entry: Entry, static: bool = False) -> list[Verdict]:

@@ -1,5 +1,5 @@
 """What a submission folder is: the tracks and their limits, the folder read into one value, and the numbers that
-submission.json and README.md must show, computed from the logs alone. tools.record builds from it, tools.rules checks.
+submission.json and README.md must show, computed from the logs alone. tools.record builds from it, tools.submission.rules checks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from decimal import Decimal
 from pathlib import Path
 
 import train_gpt
-from contracts.options import cast_option
-from tools.stats import mean, sample_std
-from tools.trainlog import TrainLog, read_train_log
+from loopgolf.options import cast_option
+from tools.submission.stats import mean, sample_std
+from tools.submission.trainlog import TrainLog, read_train_log
 
 LIMIT_BYTES = 16_000_000
 

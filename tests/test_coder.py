@@ -19,8 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import rans
-from kernels.rans import decode_matrices, encode_matrices
+from loopgolf import coder as rans
+from loopgolf.coder import decode_matrices, encode_matrices
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 

@@ -15,19 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import zstandard
 from torch import Tensor
 
-from contracts.errors import ArtifactError
-from kernels.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
-from kernels.rans import decode_matrices, encode_matrices
+from loopgolf.coder import decode_matrices, encode_matrices
+from loopgolf.errors import ArtifactError
+from loopgolf.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
 
 MAGIC, VERSION = b"LOOPGOLF", 2
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
@@ -53,19 +51,6 @@ class Artifact:
 def require(is_good: bool, otherwise: str) -> None:
     if not is_good:
         raise ArtifactError(otherwise)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or none: written beside, flushed to disk, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def build_layout(shapes: Shapes, bits: dict[str, int]) -> list[dict]:

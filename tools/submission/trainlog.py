@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.runlog import Line, parse_line
+from tools.lib.runlog import Line, parse_line
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 STAMP = re.compile(r"^\d{10}\.\d{3} ")  # some logs open every line with the time

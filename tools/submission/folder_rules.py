@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tempfile
 
-from contracts.errors import ConfigError
-from tools import entry as layout
-from tools.entry import PER_SEED, Entry
+from loopgolf.errors import ConfigError
 from tools.pack import PackError
-from tools.script import (
+from tools.submission import entry as layout
+from tools.submission.entry import PER_SEED, Entry
+from tools.submission.script import (
     ScriptError,
     Unreadable,
     counted_sources,
@@ -25,7 +25,7 @@ from tools.script import (
     unpack_zip,
     unwrap,
 )
-from tools.verdicts import BAD, OK, UNKNOWN, Found, Rule, has_kind, register
+from tools.submission.verdicts import BAD, OK, UNKNOWN, Found, Rule, has_kind, register
 
 RULES: dict[str, Rule] = {}
 rule = register(RULES)

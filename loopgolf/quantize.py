@@ -16,11 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: the PyTorch form serves
-    triton = None
+from kernels.rounding import dequantize_rows, quantize_rows, round_to_grid_ref
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,10 @@ class Grid:
 
 
 def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(rows, columns) to int8 codes and one fp16 step per row. The spread is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (grid.k / grid.largest)).clamp(max=65504).half()
-    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
-    return codes.round().clamp(-grid.largest, grid.largest).to(torch.int8), step
+    return quantize_rows(weight, grid.largest, grid.k)
 
 
-def dequantize_tensor(codes: Tensor, step: Tensor) -> Tensor:
-    return codes.float() * step.float()[:, None]
+dequantize_tensor = dequantize_rows
 
 
 def compute_entropy(codes: Tensor) -> float:
@@ -86,14 +78,6 @@ def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Te
     return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
 
 
-def round_to_grid_ref(weight: Tensor, out: Tensor, grid: Grid) -> None:
-    out.copy_(dequantize_tensor(*quantize_tensor(weight, grid)))
-
-
-def round_to_grid(weight: Tensor, out: Tensor, grid: Grid) -> None:
-    (round_to_grid_triton if triton and weight.is_cuda else round_to_grid_ref)(weight, out, grid)
-
-
 class Latents:
     """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
 
@@ -127,31 +111,6 @@ class Latents:
         """Writes the latents to the working weights, on the grid where there is one."""
         for name, weight in self.weights.items():
             if grid := self.grids[name]:
-                round_to_grid_ref(weight, self.working[name], grid)
+                round_to_grid_ref(weight, self.working[name], grid.largest, grid.k)
             else:
                 self.working[name].copy_(weight)
-
-
-if triton:
-
-    @triton.jit
-    def round_kernel(weight, out, columns, largest, scale, BLOCK: tl.constexpr):
-        offsets = tl.arange(0, BLOCK)
-        inside = offsets < columns
-        offsets += tl.program_id(0).to(tl.int64) * columns
-        w = tl.load(weight + offsets, mask=inside, other=0.0)
-        spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
-        step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
-        # exact division: an approximate quotient would send ties to another code than the exporter's
-        codes = tl.div_rn(w, step + tl.zeros_like(w))
-        # the maximum of a number and 0 / 0 is the number: a row of zeros has finite codes, and a step of 0 times them
-        codes = tl.minimum(tl.maximum(codes, -largest), largest)
-        codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
-        tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
-
-    def round_to_grid_triton(weight: Tensor, out: Tensor, grid: Grid) -> None:
-        block = triton.next_power_of_2(weight.shape[1])
-        round_kernel[(len(weight),)](
-            weight, out, weight.shape[1], float(grid.largest), grid.k / grid.largest, BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16),
-        )  # fmt: skip

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import train_gpt
-from contracts.errors import ArtifactError, ConfigError
-from tools import entry as layout
-from tools.entry import LIMIT_BYTES, PER_RUN_SETTINGS, Entry, agrees
-from tools.rules_folder import code_size
-from tools.stats import mean, sample_std
-from tools.trainlog import TrainLog
-from tools.verdicts import BAD, OK, UNKNOWN, Found, Rule, has_kind, register
+from loopgolf.errors import ArtifactError, ConfigError
+from tools.submission import entry as layout
+from tools.submission.entry import LIMIT_BYTES, PER_RUN_SETTINGS, Entry, agrees
+from tools.submission.folder_rules import code_size
+from tools.submission.stats import mean, sample_std
+from tools.submission.trainlog import TrainLog
+from tools.submission.verdicts import BAD, OK, UNKNOWN, Found, Rule, has_kind, register
 
 RULES: dict[str, Rule] = {}
 rule = register(RULES)

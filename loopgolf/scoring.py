@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.context import RunContext
 from kernels.attention import Cache
-from kernels.quantize import Latents
+from loopgolf.quantize import Latents
+from loopgolf.runtime import RunContext
 
 
 @dataclass(frozen=True)

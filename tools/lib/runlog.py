@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from contracts.errors import Stop
+from loopgolf.errors import Stop
 
 
 class RunError(Stop):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from contracts.artifact import Artifact
-from contracts.context import RunContext
-from contracts.errors import Stop
-from contracts.scoring import ByteCounter, WindowScorer, build_scorer, score_tokens
 from data.folder import TOKENIZER
 from data.tokenizer import LETTERS_OF_NOBODY, SPACE_MARKER, encode_document, load_tokenizer
+from loopgolf.artifact import Artifact
+from loopgolf.errors import Stop
+from loopgolf.runtime import RunContext
+from loopgolf.scoring import ByteCounter, WindowScorer, build_scorer, score_tokens
 
 BAD_BYTES = "\udc80-\udcff"  # what errors="surrogateescape" makes of bytes that are not UTF-8
 BATCH = 16  # windows that are scored in one forward

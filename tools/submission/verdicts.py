@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 
-from tools.entry import Entry
+from tools.submission.entry import Entry
 
 OK, BAD, UNKNOWN = "ok", "violated", "cannot tell"
 Found = Iterator[tuple[str, str]]  # one of the three, and a line of detail

@@ -13,7 +13,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from contracts.errors import ConfigError
+from loopgolf.errors import ConfigError
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contracts.plan import Pass
+from loopgolf.plan import Pass
 
 
 class EarlyExit:

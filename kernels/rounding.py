@@ -1,0 +1,66 @@
+"""Rounding of a weight matrix to the grid that it is stored on, there and back.
+
+    codes, step = quantize_rows(weight, largest, k)     weight (rows, columns): int8 codes, one fp16 step per row
+    weight = dequantize_rows(codes, step)
+    round_to_grid(weight, out, largest, k)              both in one, written to `out`
+
+The step of a row is k standard deviations over the largest code, without a floor. All weights are rounded in every
+step of training: the kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the PyTorch form serves
+    triton = None
+
+
+def quantize_rows(weight: Tensor, largest: int, k: float) -> tuple[Tensor, Tensor]:
+    """The spread of a row is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round().clamp(-largest, largest).to(torch.int8), step
+
+
+def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
+    return codes.float() * step.float()[:, None]
+
+
+def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+    codes, step = quantize_rows(weight, largest, k)
+    out.copy_(dequantize_rows(codes, step))
+
+
+def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+    if triton and weight.is_cuda:
+        round_to_grid_triton(weight, out, largest, k)
+    else:
+        round_to_grid_ref(weight, out, largest, k)
+
+
+if triton:
+
+    @triton.jit
+    def round_kernel(weight, out, columns, largest, scale, BLOCK: tl.constexpr):
+        offsets = tl.arange(0, BLOCK)
+        inside = offsets < columns
+        offsets += tl.program_id(0).to(tl.int64) * columns
+        w = tl.load(weight + offsets, mask=inside, other=0.0)
+        spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
+        step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
+        # exact division: an approximate quotient would send ties to another code than the exporter's
+        codes = tl.div_rn(w, step + tl.zeros_like(w))
+        # the maximum of a number and 0 / 0 is the number: a row of zeros has finite codes, and a step of 0 times them
+        codes = tl.minimum(tl.maximum(codes, -largest), largest)
+        codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
+        tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
+
+    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+        block = triton.next_power_of_2(weight.shape[1])
+        warps = min(max(block // 256, 1), 16)
+        round_kernel[(len(weight),)](
+            weight, out, weight.shape[1], float(largest), k / largest, BLOCK=block, num_warps=warps
+        )

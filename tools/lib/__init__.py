@@ -1,0 +1,1 @@
+"""What serves several programs of tools/."""

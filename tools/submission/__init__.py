@@ -1,0 +1,1 @@
+"""What tools.record knows about submission folders: how one is read, its rules, its statistics."""
