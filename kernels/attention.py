@@ -13,25 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Cache:
-    """What a stream carries from one forward to the next: tokens of the last window + 1 positions (smear and bigram
-    look back on two), keys and values for the last window: one more than is seen, so that lengths stay round.
-    `repetitions` of the *r group keep keys and values of their own; what comes deeper shares those of the last, so
-    that 1 keeps those of the final repetition only."""
-
-    def __init__(self, window: int, repetitions: int = 256):
-        self.window, self.repetitions = window, repetitions
-        self.tokens: Tensor | None = None
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        return self.kept[0][0].shape[1] if self.kept else 0
-
-    def keep(self, slot: int, pair: tuple[Tensor, Tensor]) -> None:
-        self.kept[slot] = tuple(t[:, max(0, t.shape[1] - self.window) :] for t in pair)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
     """Causal attention over the last `window` positions, of the same document where docs (B, L) numbers them.
     q (B, T, H, K); k, v (B, L, H/G, K), L >= T: the queries are the last T of the L positions."""

@@ -1,23 +1,24 @@
 """The artifact: the one file that is scored.
 
     8 bytes  magic "LOOPGOLF"    u32 version    u32 header length    header: UTF-8 JSON
-    payload: two compressed streams    last 32 bytes: sha256 of all before
-    header = {config: the model and how it is scored, tokenizer: {sha256, vocab}, tensors: [{name, shape, bits, scheme,
-              stream, offset, bytes}], streams: [{codec, bytes, raw_bytes}]}
+    payload: two compressed streams, integer codes and fp16    last 32 bytes: sha256 of all before
+    header = {config: the settings that differ from the defaults, tokenizer: {sha256, vocab},
+              streams: [{codec, bytes, raw_bytes}]}
 
-Nothing in a file is executed, and nothing in it is believed before it was checked: its table of tensors has to be the
-one that follows from its config. What tensors a config has, only the model knows: `shapes_of` tells, in their order,
-with a `NAME.step` behind each matrix that lies on a grid as integer codes.
+The tensors of a file, their order, shapes and formats follow from its config, so no table of them is stored: `describe`
+tells them, a function of the stored settings. A setting that is missing has its default, so files outlive new options;
+one that is unknown is refused by name. Nothing in a file is executed, and nothing in it is believed before it was
+checked. Files of version 2, which stored all settings and a table of tensors, are read by artifact_v2.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import zstandard
@@ -25,23 +26,50 @@ from torch import Tensor
 
 from loopgolf.coder import decode_matrices, encode_matrices
 from loopgolf.errors import ArtifactError
-from loopgolf.quantize import Grid, dequantize_tensor, quantize_tensor, round_with_feedback
+from loopgolf.quantize import Format, StoredTensor
 
-MAGIC, VERSION = b"LOOPGOLF", 2
-MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
-CODES, PLAIN = 0, 1  # streams: integer codes, and everything in fp16
-Shapes = dict[str, tuple[int, ...]]
+MAGIC = b"LOOPGOLF"
+VERSION = 3
+PREFIX_BYTES = 16  # magic, version, header length
+DIGEST_BYTES = 32
+MAX_HEADER_BYTES = 1 << 20
+MAX_RAW_BYTES = 1 << 30
+STREAMS = (torch.int8, torch.float16)  # what lies in each stream, in the order of the file
+
+
+class Described(NamedTuple):
+    """A parameter as the settings of a file imply it."""
+
+    shape: tuple[int, ...]
+    format: Format
+
+    def stored(self, name: str) -> dict[str, StoredTensor]:
+        return {f"{name}{tensor.suffix}": tensor for tensor in self.format.layout(self.shape)}
+
+
+Layout = dict[str, Described]
+Describe = Callable[[dict[str, Any]], Layout]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One compressed stream of a file."""
+
+    codec: str
+    bytes: int
+    raw_bytes: int
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the config fields it stores, its tensors as they lie in the file (codes, steps, fp16) and as
-    the model uses them, what tells the tokenizer apart, size and digest of the whole file."""
+    """A loaded artifact: the settings that it stores, what tells its tokenizer apart, its tensors as they lie in the file
+    (codes, steps, fp16) and as the model uses them, size and digest of the whole file."""
 
-    stored: dict
-    tokenizer: dict
-    layout: list[dict]
-    streams: list[dict]
+    version: int
+    stored: dict[str, Any]
+    tokenizer: dict[str, Any]
+    layout: Layout
+    streams: list[Stream]
     raw: dict[str, Tensor]
     tensors: dict[str, Tensor]
     size: int
@@ -53,104 +81,140 @@ def require(is_good: bool, otherwise: str) -> None:
         raise ArtifactError(otherwise)
 
 
-def build_layout(shapes: Shapes, bits: dict[str, int]) -> list[dict]:
-    """The table of tensors: `bits` of each that lies on a grid, the rest in fp16."""
-    layout, ends = [], [0, 0]
-    for name, shape in shapes.items():
-        is_code = f"{name}.step" in shapes
-        width, scheme, stream = (bits.get(name, 0), "int", CODES) if is_code else (16, "fp16", PLAIN)
-        entry = dict(name=name, shape=list(shape), bits=width, scheme=scheme, stream=stream, offset=ends[stream])
-        layout.append(entry | dict(bytes=math.prod(shape) * (1 if is_code else 2)))
-        ends[stream] += layout[-1]["bytes"]
-    return layout
+# --- writing
 
 
-def quantize_weights(weights: dict, grids: dict[str, Grid | None], hessians: dict) -> dict[str, Tensor]:
-    """What is stored: codes and steps on the grids, with feedback where the inputs are known, fp16 for the rest."""
-    tensors = {}
-    for name, grid in grids.items():
-        weight, hessian = weights[name], hessians.get(name)
-        if not grid:
-            tensors[name] = weight.half()
-            continue
-        rounded = quantize_tensor(weight, grid) if hessian is None else round_with_feedback(weight, hessian, grid)
-        tensors[name], tensors[f"{name}.step"] = rounded
-    return tensors
-
-
-def pack_artifact(stored: dict, tensors: dict[str, Tensor], bits: dict[str, int], tokenizer: dict) -> bytes:
-    """The same tensors always give the same bytes: no time, host or user in it."""
-    layout = build_layout({name: t.shape for name, t in tensors.items()}, bits)
-    by_stream = [[tensors[e["name"]].cpu() for e in layout if e["stream"] == stream] for stream in (CODES, PLAIN)]
-    raws = [b"".join(t.contiguous().numpy().tobytes() for t in group) for group in by_stream]
-    codecs, packed = zip(*(compress(raw, matrices) for raw, matrices in zip(raws, (by_stream[CODES], []))))
-    table = [dict(codec=c, bytes=len(p), raw_bytes=len(raw)) for c, p, raw in zip(codecs, packed, raws)]
-    content = dict(config=stored, tokenizer=tokenizer, tensors=layout, streams=table)
+def pack_artifact(
+    stored: dict[str, Any], layout: Layout, raw: Mapping[str, Tensor], tokenizer: dict[str, Any]
+) -> bytes:
+    """`raw`: the stored tensors by name. The same tensors always give the same bytes: no time, host or user in it."""
+    streams: list[Stream] = []
+    payload = b""
+    for dtype in STREAMS:
+        tensors = [raw[name].cpu().contiguous() for name, _ in stored_tensors(layout, dtype)]
+        content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+        codec, packed = compress(content, tensors if dtype == torch.int8 else [])
+        streams.append(Stream(codec, len(packed), len(content)))
+        payload += packed
+    content = dict(config=stored, tokenizer=tokenizer, streams=[vars(stream) for stream in streams])
     header = json.dumps(content, separators=(",", ":")).encode()
-    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + b"".join(packed)
+    body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + payload
     return body + hashlib.sha256(body).digest()
 
 
-def compress(raw: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
+def stored_tensors(layout: Layout, dtype: torch.dtype) -> Iterable[tuple[str, StoredTensor]]:
+    """Name and description of everything in the stream of a dtype, in the order of the file."""
+    for name, described in layout.items():
+        for stored_name, tensor in described.stored(name).items():
+            if tensor.dtype == dtype:
+                yield stored_name, tensor
+
+
+def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
     loses on them, so there it is only tried where a quick level wins already."""
     choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(raw, 3)) < len(choices["rans"]):
-        choices["zstd"] = zstandard.compress(raw, 22)
+    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans"]):
+        choices["zstd"] = zstandard.compress(content, 22)
     codec = min(choices, key=lambda name: len(choices[name]))
     return codec, choices[codec]
 
 
-def unpack_artifact(content: bytes, shapes_of: Callable[[dict], Shapes]) -> Artifact:
+# --- reading
+
+
+def unpack_artifact(content: bytes, describe: Describe) -> Artifact:
     """Checks everything before it allocates anything that the file asks for."""
-    require(len(content) >= 48 and content[:8] == MAGIC, "it is too short or does not start like an artifact")
-    version, header_bytes = struct.unpack("<II", content[8:16])
-    require(version == VERSION, f"it has version {version}, this script reads {VERSION}")
-    at, end, digest = 16 + header_bytes, len(content) - 32, hashlib.sha256(content[:-32]).digest()
-    require(at <= min(16 + MAX_HEADER_BYTES, end), f"its header claims {header_bytes} bytes, more than it can hold")
-    require(digest == content[-32:], "its digest does not match: truncated or changed")
+    least = PREFIX_BYTES + DIGEST_BYTES
+    require(len(content) >= least and content[:8] == MAGIC, "it is too short or does not start like an artifact")
+    version, header_bytes = struct.unpack("<II", content[8:PREFIX_BYTES])
+    require(version in (2, VERSION), f"it has version {version}, this script reads 2 and {VERSION}")
+    room = min(MAX_HEADER_BYTES, len(content) - least)
+    require(header_bytes <= room, f"its header claims {header_bytes} bytes, more than it can hold")
+    is_whole = hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+    require(is_whole, "its digest does not match: truncated or changed")
+    header = content[PREFIX_BYTES : PREFIX_BYTES + header_bytes]
+    payload = content[PREFIX_BYTES + header_bytes : -DIGEST_BYTES]
+    if version == 2:
+        from loopgolf.artifact_v2 import read_v2  # imported for old files only
+
+        stored, tokenizer, layout, streams, raw = read_v2(header, payload, describe)
+    else:
+        stored, tokenizer, streams = read_header(header)
+        layout = describe(stored)
+        raw = read_streams(payload, streams, [list(stored_tensors(layout, dtype)) for dtype in STREAMS])
+    tensors = dequantize_all(layout, raw)
+    digest = hashlib.sha256(content).hexdigest()
+    return Artifact(version, stored, tokenizer, layout, streams, raw, tensors, len(content), digest)
+
+
+def read_header(header: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Stream]]:
+    """Settings, tokenizer and streams, each of the right kind."""
     try:
-        header = json.loads(content[16:at].decode("utf-8"))
-        stored, tokenizer, tensors, streams = (header[key] for key in ("config", "tokenizer", "tensors", "streams"))
-        bits = {entry["name"]: entry["bits"] for entry in tensors}
-        codecs, packed_sizes, raw_sizes = zip(*((s["codec"], s["bytes"], s["raw_bytes"]) for s in streams))
-        well_typed = all(type(n) is int and n >= 0 for n in (*bits.values(), *packed_sizes))
-        require(well_typed and set(tokenizer) == {"sha256", "vocab"}, "its header holds values of another kind")
+        content = json.loads(header.decode("utf-8"))
+        stored, tokenizer = content["config"], content["tokenizer"]
+        streams = [Stream(entry["codec"], entry["bytes"], entry["raw_bytes"]) for entry in content["streams"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
-    layout = build_layout(shapes_of(stored), bits)
-    needed = tuple(sum(e["bytes"] for e in layout if e["stream"] == stream) for stream in (CODES, PLAIN))
-    is_ours = tensors == layout and all(2 <= e["bits"] <= 8 for e in layout if e["scheme"] == "int")
-    is_sized = raw_sizes == needed and sum(needed) <= MAX_RAW_BYTES and at + sum(packed_sizes) == end
-    require(is_ours and is_sized, "its tables of tensors and streams do not fit its config and its size")
-    shapes, raws = [tuple(e["shape"]) for e in layout if e["stream"] == CODES], []
-    for codec, n_bytes, raw_bytes in zip(codecs, packed_sizes, raw_sizes):
-        raws.append(decompress(codec, content[at : at + n_bytes], raw_bytes, [] if raws else shapes))
-        at += n_bytes
-    raw = {e["name"]: read_tensor(raws[e["stream"]], e) for e in layout}
-    steps = {name: raw.get(f"{name}.step") for name in raw if not name.endswith(".step")}
-    weights = {n: raw[n] if step is None else dequantize_tensor(raw[n], step) for n, step in steps.items()}
-    return Artifact(stored, tokenizer, layout, streams, raw, weights, len(content), hashlib.sha256(content).hexdigest())
+    sizes = [size for stream in streams for size in (stream.bytes, stream.raw_bytes)]
+    are_sizes = all(type(size) is int and size >= 0 for size in sizes) and len(streams) == len(STREAMS)
+    is_known = isinstance(stored, dict) and isinstance(tokenizer, dict) and set(tokenizer) == {"sha256", "vocab"}
+    require(are_sizes and is_known, "its header holds values of another kind")
+    return stored, tokenizer, streams
 
 
-def decompress(codec: str, packed: bytes, raw_bytes: int, shapes: list[tuple[int, int]]) -> bytes:
-    try:
-        if codec == "rans" and shapes:
-            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, shapes))
-        is_sized = codec == "zstd" and zstandard.frame_content_size(packed) == raw_bytes
-        reader = zstandard.ZstdDecompressor()
-        raw = reader.decompress(packed, max_output_size=raw_bytes) if is_sized and raw_bytes else b""
-    except (ValueError, zstandard.ZstdError) as error:
-        raise ArtifactError(f"a stream does not decode: {error}") from None
-    require(is_sized and len(raw) == raw_bytes, "a stream has an unknown codec or not the size that it promises")
+def read_streams(
+    payload: bytes, streams: list[Stream], tables: list[list[tuple[str, StoredTensor]]]
+) -> dict[str, Tensor]:
+    """The tensors of all streams, once their sizes are those that the tables need."""
+    needed = [sum(tensor.n_bytes for _, tensor in table) for table in tables]
+    are_sized = [stream.raw_bytes for stream in streams] == needed and sum(needed) <= MAX_RAW_BYTES
+    is_filled = sum(stream.bytes for stream in streams) == len(payload)
+    require(are_sized and is_filled, "its streams do not fit its config and its size")
+    raw = {}
+    start = 0
+    for stream, table in zip(streams, tables):
+        packed = payload[start : start + stream.bytes]
+        start += stream.bytes
+        shapes = [tensor.shape for _, tensor in table if tensor.dtype == torch.int8]
+        raw |= split_stream(decompress(stream, packed, shapes), table)
     return raw
 
 
-def read_tensor(raw: bytes, entry: dict) -> Tensor:
-    """One tensor out of its stream."""
-    is_code, piece = entry["scheme"] == "int", bytearray(raw[entry["offset"] : entry["offset"] + entry["bytes"]])
-    dtype = torch.int8 if is_code else torch.float16
-    values = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-    is_good = values.short().abs() <= Grid(entry["bits"], 1.0).largest if is_code else values.isfinite()
-    require(is_good.all().item(), f"tensor {entry['name']} holds codes beyond its bits or values that are not finite")
-    return values.view(entry["shape"])
+def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> bytes:
+    """`shapes`: of the matrices of codes in this stream."""
+    try:
+        if stream.codec == "rans" and shapes:
+            matrices = [(rows, columns) for rows, columns in shapes]
+            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, matrices))
+        is_sized = stream.codec == "zstd" and zstandard.frame_content_size(packed) == stream.raw_bytes
+        require(is_sized, "a stream has an unknown codec or not the size that it promises")
+        if not stream.raw_bytes:
+            return b""
+        content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=stream.raw_bytes)
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ArtifactError(f"a stream does not decode: {error}") from None
+    require(len(content) == stream.raw_bytes, "a stream has not the size that it promises")
+    return content
+
+
+def split_stream(content: bytes, table: list[tuple[str, StoredTensor]]) -> dict[str, Tensor]:
+    tensors = {}
+    start = 0
+    for name, described in table:
+        piece = bytearray(content[start : start + described.n_bytes])
+        start += described.n_bytes
+        flat = torch.frombuffer(piece, dtype=described.dtype) if piece else torch.empty(0, dtype=described.dtype)
+        tensors[name] = flat.view(described.shape)
+    return tensors
+
+
+def dequantize_all(layout: Layout, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that the model computes with, once the stored ones are known to be good."""
+    weights = {}
+    for name, described in layout.items():
+        stored = [raw[stored_name] for stored_name in described.stored(name)]
+        is_valid = described.format.is_valid(stored)
+        require(is_valid, f"tensor {name} holds codes beyond its bits or values that are not finite")
+        weights[name] = described.format.dequantize(stored)
+    return weights

@@ -12,43 +12,51 @@ not sum to 1. No token is dropped. No step of it waits for the device: shapes de
 how many tokens an expert has stays a tensor. Matrices are float32 or bfloat16, D and H multiples of 8.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def build_grouped_mm():
-    """An op of our own around the library's, which has no shape for float32 that torch.compile could ask for. Its
-    schema is written out because packing strips hints; it is built in a function because packing keeps that whole."""
-
-    @torch.library.custom_op(
-        "loopgolf::grouped_mm", mutates_args=(), schema="(Tensor left, Tensor right, Tensor ends) -> Tensor"
-    )
-    def grouped_mm(left, right, ends):
-        """Group e is the R rows from ends[e - 1] to ends[e]. left (R, I) and right (E, I, O): (R, O), each row times
-        its group's matrix. left (I, R) and right (R, O): (E, I, O), the products of each group's rows alone."""
-        return F.grouped_mm(left, right, offs=ends)
-
-    @grouped_mm.register_fake
-    def shape(left, right, ends):
-        groups = ends.shape if right.dim() == 2 else ()
-        return left.new_empty(*groups, len(left), right.shape[-1])
-
-    def backward(ctx, grad):
-        left, right, ends = ctx.saved_tensors
-        grad = grad.contiguous()
-        return grouped_mm(grad, right.mT, ends), grouped_mm(left.mT, grad, ends), None
-
-    def keep_factors(**given):  # PyTorch names what it hands over, and packing would shorten the names
-        given["ctx"].save_for_backward(*given["inputs"])
-
-    grouped_mm.register_autograd(backward, setup_context=keep_factors)
-    return grouped_mm
+from loopgolf.layers import Linear
+from loopgolf.params import DeclaringModule, start_at, start_normal, start_orthogonal, vector
 
 
-grouped_mm = build_grouped_mm()
+class MoEShape(NamedTuple):
+    experts: int
+    hidden: int  # of an expert
+    top: int  # experts that each token is sent to
+
+
+@torch.library.custom_op(
+    "loopgolf::grouped_mm", mutates_args=(), schema="(Tensor left, Tensor right, Tensor ends) -> Tensor"
+)
+def grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """The library's product over groups, which has no shape for float32 that torch.compile could ask for. Group e is
+    the R rows from ends[e - 1] to ends[e]. left (R, I) and right (E, I, O): (R, O), each row times its group's matrix.
+    left (I, R) and right (R, O): (E, I, O), the products of each group's rows alone."""
+    return F.grouped_mm(left, right, offs=ends)
+
+
+@grouped_mm.register_fake
+def grouped_mm_shape(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    groups = ends.shape if right.dim() == 2 else ()
+    return left.new_empty(*groups, len(left), right.shape[-1])
+
+
+def grouped_mm_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    left, right, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return grouped_mm(grad, right.mT, ends), grouped_mm(left.mT, grad, ends), None
+
+
+grouped_mm.register_autograd(grouped_mm_backward, setup_context=grouped_mm_setup)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -96,22 +104,28 @@ def dispatch(h: Tensor, chosen: Tensor, share: Tensor, up: Tensor, down: Tensor)
     return (y * share.to(y.dtype)[..., None]).sum(1)
 
 
-class MoE(nn.Module):
-    """One shared expert and `experts` routed ones. Their matrices are 2-D and lie one below the other; `linear` makes
-    them, from fan-in, the rows of each part and dtype. Router and loop table stay plain parameters, apart from what is
-    quantized and decayed: a routing decision is a comparison, and it flips where an output would only blur."""
+class MoE(DeclaringModule):
+    """One shared expert and `experts` routed ones. Their matrices are 2-D and lie one below the other. Router and loop
+    table are vectors, apart from what is quantized and decayed: a routing decision is a comparison, and it flips where
+    an output would only blur. `visits`: how often the plan's tables have this block, each with a row of `loops`."""
 
-    def __init__(self, dim: int, hidden: int, experts: int, top: int, loops: int, linear: Callable, dtype: torch.dtype):
+    router: nn.Parameter
+    loops: nn.Parameter
+
+    def __init__(self, dim: int, shape: MoEShape, visits: int, grid: str, dtype: torch.dtype):
         super().__init__()
-        if dim % 8 or hidden % 8 or not 1 <= top <= experts:
-            raise ValueError(f"{dim=} and {hidden=} have to be multiples of 8, and {top=} from 1 to {experts=}")
-        self.experts, self.top = experts, top
-        self.shared_up = linear(dim, (hidden, hidden), dtype)
-        self.shared_down = linear(hidden, (dim,), dtype)
-        self.up = linear(dim, (hidden, hidden) * experts, dtype)  # gate, up, gate, up, ...
-        self.down = linear(hidden, (dim,) * experts, dtype)
-        self.router = nn.Parameter(torch.empty(experts, 2 * dim))
-        self.loops = nn.Parameter(torch.empty(loops, dim))
+        hidden, experts = shape.hidden, shape.experts
+        if dim % 8 or hidden % 8 or not 1 <= shape.top <= experts:
+            raise ValueError(f"{dim=} and {hidden=} have to be multiples of 8, and top={shape.top} from 1 to {experts=}")
+        self.experts = experts
+        self.top = shape.top
+        self.declare("router", (experts, 2 * dim), vector(start_normal(0.02)))
+        self.declare("loops", (visits, dim), vector(start_normal(0.02)))
+        gate_and_up, every_gate_and_up = (hidden, hidden), (hidden, hidden) * experts  # gate, up, gate, up, ...
+        self.shared_up = Linear(dim, gate_and_up, dtype, grid, start_orthogonal(gate_and_up))
+        self.shared_down = Linear(hidden, (dim,), dtype, grid, start_at(0.0))
+        self.up = Linear(dim, every_gate_and_up, dtype, grid, start_orthogonal(every_gate_and_up))
+        self.down = Linear(hidden, (dim,) * experts, dtype, grid, start_at(0.0))
 
     def forward(self, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
         """h (..., D), loop (D,): this pass's row of `loops`, handed in because a compiled graph would be made anew for

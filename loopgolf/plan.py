@@ -11,9 +11,26 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from loopgolf.errors import ConfigError
+
+LONGEST_TEXT = 1000
+DEEPEST_NESTING = 16
+HIGHEST_COUNT = 256
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep one forward is: repetitions of the *r group, and whether groups repeat at all."""
+
+    r: int = 1
+    loops: bool = True
+
+
+ONCE = Depth(1, loops=False)  # every group runs once, with the parameters of its first repetition
 
 
 @dataclass
@@ -22,44 +39,61 @@ class Pass:
 
     block: int
     slot: int  # row of the per-pass tables
+    visit: int = 0  # rows of the tables before this one that belong to the same block
     enter: tuple[int, ...] = ()  # groups whose incoming stream is kept before this pass
     inject: tuple[int, ...] = ()  # groups whose kept stream is mixed in before this pass
     norm: bool = False  # a norm follows this pass
     ends: bool = False  # a repetition of a group ends with this pass
-    left: int = -1  # inside the *r group: its repetitions that still follow
+    repetitions_left: int | None = None  # of the *r group that this pass belongs to, if it does
 
 
 @dataclass(frozen=True)
 class Group:
-    """`(items)*count` of a plan; count 0 stands for r."""
+    """`(items)*count` of a plan; no count stands for r."""
 
     items: tuple[int | Group, ...]  # blocks are numbers
-    count: int = 1
+    count: int | None = 1
     inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
-    norms: int = 0  # 1 between repetitions, 2 after each
+    norms: int = 0  # 1: between repetitions, 2: after each
 
-    def count_passes(self, depth: int) -> int:
-        return (self.count or depth) * sum(i.count_passes(depth) if isinstance(i, Group) else 1 for i in self.items)
+    def count_passes(self, r: int) -> int:
+        once = sum(item.count_passes(r) if isinstance(item, Group) else 1 for item in self.items)
+        return (self.count or r) * once
 
-    def expand(self, depth: int, rows: int, slot: int = 0) -> list[Pass]:
-        """The passes with r = depth, the first one at row `slot` of the per-pass tables; depth 0 runs every group once.
-        The tables cover `rows` repetitions of the *r group, deeper ones reuse the last row."""
-        passes, repetitions = [], self.count or rows
-        stride = self.count_passes(rows) // repetitions
-        last = (self.count or depth if depth else 1) - 1
-        for repetition in range(last + 1):
-            first, at = len(passes), slot + stride * min(repetition, repetitions - 1)
-            for item in self.items:
-                passes += item.expand(depth, rows, at) if isinstance(item, Group) else [Pass(item, at)]
-                at += item.count_passes(rows) if isinstance(item, Group) else 1
-            passes[first].inject = self.inject + passes[first].inject
+    def expand(self, depth: Depth, rows: int, first_slot: int) -> list[Pass]:
+        """The passes, the first one at this row of the per-pass tables. The tables cover `rows` repetitions of the *r
+        group; deeper ones reuse the last row."""
+        covered = self.count or rows
+        slots_each = self.count_passes(rows) // covered
+        repetitions = (self.count or depth.r) if depth.loops else 1
+        passes: list[Pass] = []
+        for repetition in range(repetitions):
+            left = repetitions - 1 - repetition
+            body = self.expand_items(depth, rows, first_slot + slots_each * min(repetition, covered - 1))
+            first, last = body[0], body[-1]
+            first.inject = self.inject + first.inject
             if repetition == 0:
-                passes[first].enter = self.inject + passes[first].enter
-            passes[-1].norm |= self.norms == 2 or (self.norms == 1 and repetition < last)
-            passes[-1].ends |= self.count != 1
-            if not self.count:
-                for p in passes[first:]:
-                    p.left = last - repetition
+                first.enter = self.inject + first.enter
+            if self.norms == 2 or (self.norms == 1 and left > 0):
+                last.norm = True
+            if self.count != 1:
+                last.ends = True
+            if self.count is None:
+                for p in body:
+                    p.repetitions_left = left
+            passes += body
+        return passes
+
+    def expand_items(self, depth: Depth, rows: int, slot: int) -> list[Pass]:
+        """One repetition."""
+        passes: list[Pass] = []
+        for item in self.items:
+            if isinstance(item, Group):
+                passes += item.expand(depth, rows, slot)
+                slot += item.count_passes(rows)
+            else:
+                passes.append(Pass(item, slot))
+                slot += 1
         return passes
 
 
@@ -71,61 +105,124 @@ class Plan(Group):
     injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
     is_variable: bool = False  # one group repeats r times
 
-    def passes(self, depth: int, rows: int) -> tuple[Pass, ...]:
-        return tuple(self.expand(depth, rows))
+    def passes(self, depth: Depth, rows: int) -> list[Pass]:
+        owners = self.slot_owners(rows)
+        passes = self.expand(depth, rows, 0)
+        for p in passes:
+            p.visit = owners[: p.slot].count(p.block)
+        return passes
+
+    def slot_owners(self, rows: int) -> list[int]:
+        """The block that each row of the per-pass tables belongs to."""
+        return [p.block for p in self.expand(Depth(rows), rows, 0)]
+
+    @property
+    def has_groups(self) -> bool:
+        return any(isinstance(item, Group) for item in self.items)
 
 
 @functools.lru_cache
 def parse_plan(text: str) -> Plan:
     """The plan that a text stands for; errors point at the character."""
-    names, opened, at = {}, [], 0
-    item = "a block letter or '(' (nested at most 16 deep)"
+    if len(text) > LONGEST_TEXT:
+        raise ConfigError(f"plan of {len(text)} characters: at most {LONGEST_TEXT} are read")
+    return PlanParser(text).parse()
 
-    def take(pattern: str, expected: str = "") -> str:
-        nonlocal at
-        found = re.compile(pattern).match(text, at)
+
+class PlanParser:
+    """Recursive descent over the text of a plan."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.position = 0
+        self.names: dict[str, int] = {}  # letter -> block number
+        self.groups = 0  # opened so far
+        self.injected: list[int] = []
+        self.is_variable = False
+
+    def parse(self) -> Plan:
+        items = self.parse_items(nesting=0)
+        if self.position < len(self.text):
+            self.fail(self.expected_item())
+        names, injected = "".join(self.names), tuple(self.injected)
+        return Plan(items, names=names, injected=injected, is_variable=self.is_variable)
+
+    def parse_items(self, nesting: int) -> tuple[int | Group, ...]:
+        items: list[int | Group] = []
+        while not items or self.sees("[a-zA-Z(]"):
+            if self.sees("[a-zA-Z]"):
+                letter = self.take("[a-zA-Z]")
+                items.append(self.names.setdefault(letter, len(self.names)))
+            elif self.sees(r"\(") and nesting < DEEPEST_NESTING:
+                items.append(self.parse_group(nesting + 1))
+            else:
+                self.fail(self.expected_item())
+        return tuple(items)
+
+    def parse_group(self, nesting: int) -> Group:
+        opened_at = self.position + 1
+        number = self.groups
+        self.groups += 1
+        self.take(r"\(")
+        inject: tuple[int, ...] = ()
+        if self.sees(r"\^"):
+            self.take(r"\^")
+            inject = (number,)
+            self.injected.append(number)
+        items = self.parse_items(nesting)
+        norms = len(self.take("~{0,2}"))
+        self.take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {opened_at}")
+        self.take(r"\*", "'*' and a count, as in (ab)*3")
+        return Group(items, self.parse_count(), inject, norms)
+
+    def parse_count(self) -> int | None:
+        expected = f"a count from 1 to {HIGHEST_COUNT}, or r in one group only"
+        if self.sees("r(?![0-9])") and not self.is_variable:
+            self.take("r")
+            self.is_variable = True
+            return None
+        if not self.sees("[1-9][0-9]{0,2}(?![0-9])"):
+            self.fail(expected)
+        start = self.position
+        count = int(self.take("[0-9]+"))
+        if count > HIGHEST_COUNT:
+            self.position = start
+            self.fail(expected)
+        return count
+
+    def sees(self, pattern: str) -> bool:
+        return re.compile(pattern).match(self.text, self.position) is not None
+
+    def take(self, pattern: str, expected: str = "") -> str:
+        found = re.compile(pattern).match(self.text, self.position)
         if not found:
-            raise ConfigError(f"plan {text!r}, character {at + 1} ({text[at : at + 1] or 'end'}): expected {expected}")
-        at = found.end()
+            self.fail(expected)
+        self.position = found.end()
         return found[0]
 
-    def items(nesting: int) -> tuple[int | Group, ...]:
-        found = []
-        while not found or re.match("[a-zA-Z(]", text[at:]):
-            mark = take(r"[a-zA-Z]|\(\^?" if nesting < 16 else "[a-zA-Z]", item)
-            if mark.isalpha():
-                found.append(names.setdefault(mark, len(names)))
-                continue
-            begin, inject = at + 1 - len(mark), (len(opened),) if mark == "(^" else ()
-            opened.append(inject)
-            inner = items(nesting + 1)
-            norms = len(take("~{0,2}"))
-            take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {begin}")
-            take(r"\*", "'*' and a count, as in (ab)*3")
-            counts = [str(n) for n in range(256, 0, -1)] + ["r"] * ("*r" not in text[:at])
-            count = take(f"({'|'.join(counts)})(?![0-9])", "a count from 1 to 256, or r in one group only")
-            found.append(Group(inner, 0 if count == "r" else int(count), inject, norms))
-        return tuple(found)
+    def expected_item(self) -> str:
+        return f"a block letter or '(' (nested at most {DEEPEST_NESTING} deep)"
 
-    if len(text) > 1000:
-        raise ConfigError(f"plan of {len(text)} characters: at most 1000 are read")
-    tree = items(0)
-    take(r"\Z", item)
-    return Plan(tree, names="".join(names), injected=sum(opened, ()), is_variable="*r" in text)
+    def fail(self, expected: str) -> NoReturn:
+        character = self.text[self.position : self.position + 1] or "end"
+        raise ConfigError(f"plan {self.text!r}, character {self.position + 1} ({character}): expected {expected}")
 
 
 def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
     """`none`, `all`, `last4` or `3,5,6` as a set of pass numbers, counted from 0."""
+    if text == "none":
+        return frozenset()
     passes = range(n_passes)
+    problem = f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}"
     try:
-        if text in ("none", "all"):
-            chosen = passes if text == "all" else ()
+        if text == "all":
+            chosen: Sequence[int] = passes
         elif text.startswith("last"):
             chosen = range(n_passes - int(text[4:]), n_passes)
         else:
             chosen = [int(word) for word in text.split(",")]
-        if all(number in passes for number in chosen):
-            return frozenset(chosen)
     except ValueError:
-        pass
-    raise ConfigError(f"{name}={text}: expected none, all, last4 or numbers like 3,5,6 from 0 to {n_passes - 1}")
+        raise ConfigError(problem) from None
+    if not all(number in passes for number in chosen):
+        raise ConfigError(problem)
+    return frozenset(chosen)

@@ -1,44 +1,154 @@
-"""The quantizer, one for training and export: integer codes on a grid per row of a weight matrix.
+"""How a parameter is stored: one quantizer for training and for export.
 
-    codes, step = quantize_tensor(weight, grid)               weight (rows, columns): int8 codes, fp16 step per row
-    codes, step = round_with_feedback(weight, hessian, grid)  GPTQ: the same grid, other points of it
-    weight = dequantize_tensor(codes, step)
-    round_to_grid(weight, out, grid)                          there and back, written to `out`
-    latents = Latents(model, grids); latents.publish()        what learns, in float32; its rounding to the model
+A format turns a weight into the tensors that lie in the file, and back. Training rounds with the same format, so the
+file holds what was trained. `RowGrid` puts every row of a matrix on a grid of integer codes; `Half` is fp16.
 
-The step of a row's grid is k standard deviations over the largest code, without a floor. For round_to_grid, of all
-weights in every step, one kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+    stored = fmt.quantize(weight)              the tensors that `fmt.layout(shape)` describes
+    stored = fmt.quantize(weight, hessian)     the same grid, other points of it (GPTQ)
+    weight = fmt.dequantize(stored)
+    fmt.write_rounded(weight, out)             there and back
+    fmt.expected_bytes(shape)                  in the file, before there are weights
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.rounding import dequantize_rows, quantize_rows, round_to_grid_ref
 
+CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
+HALF_BYTES = 1.7  # of an fp16 number in the file, compressed a little
+SAMPLED_ROWS = 256  # are enough to measure the entropy of a matrix
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a parameter in the file."""
+
+    suffix: str  # its name is the parameter's with this behind it
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # int8: codes for the entropy coder; float16: for the other stream
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Format(Protocol):
+    """How a parameter is stored."""
+
+    @property
+    def scheme(self) -> str:
+        """What tables call it."""
+
+    @property
+    def bits(self) -> int:
+        """The most that one number takes before entropy coding."""
+
+    def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
+        """What lies in the file for a parameter of this shape."""
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+        """What is stored. `hessian`: the sum of x x^T over the inputs x of a matrix, where it is known."""
+
+    def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
+        """The weight that the model computes with."""
+
+    def write_rounded(self, weight: Tensor, out: Tensor) -> None:
+        """The weight as it will be stored, into the tensor that the model computes with."""
+
+    def expected_bytes(self, shape: tuple[int, ...], weight: Tensor | None = None) -> float:
+        """Bytes in the file: of this weight, or of a Gaussian one."""
+
+    def is_valid(self, stored: Sequence[Tensor]) -> bool:
+        """Whether tensors read from a file can be this parameter."""
+
 
 @dataclass(frozen=True)
-class Grid:
+class RowGrid:
+    """Integer codes times one fp16 step per row, for matrices (rows, columns). The step is k standard deviations over
+    the largest code, without a floor: then bits per weight depend on k alone. A reader needs no k."""
+
     bits: int
-    k: float
+    k: float = 1.0
+
+    @property
+    def scheme(self) -> str:
+        return "int"
 
     @property
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+    def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
+        return [StoredTensor("", shape, torch.int8), StoredTensor(".step", shape[:1], torch.float16)]
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+        if hessian is not None:
+            return round_with_feedback(weight, hessian, self)
+        return list(quantize_rows(weight, self.largest, self.k))
+
+    def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
+        codes, step = stored
+        return dequantize_rows(codes, step)
+
+    def write_rounded(self, weight: Tensor, out: Tensor) -> None:
+        round_to_grid_ref(weight, out, self.largest, self.k)
+
+    def expected_bytes(self, shape: tuple[int, ...], weight: Tensor | None = None) -> float:
+        bits = self.gaussian_bits() if weight is None else self.measure_bits(weight)
+        return CODER_SHARE * bits * math.prod(shape) / 8 + 2 * shape[0]
+
+    def is_valid(self, stored: Sequence[Tensor]) -> bool:
+        codes, step = stored
+        return bool((codes.short().abs() <= self.largest).all() and step.isfinite().all())
 
     def gaussian_bits(self) -> float:
         """Entropy of a code in bits when weights are Gaussian: no distribution of the same spread needs more."""
         edges = (torch.arange(-self.largest, self.largest, dtype=torch.float64) + 0.5) * (self.k / self.largest)
         return compute_bits(torch.special.ndtr(edges).diff(prepend=torch.zeros(1), append=torch.ones(1)))
 
+    def measure_bits(self, weight: Tensor) -> float:
+        """Entropy of the codes of some hundred rows of a weight."""
+        rows = weight[:: 1 + len(weight) // SAMPLED_ROWS]
+        return compute_entropy(self.quantize(rows)[0])
 
-def quantize_tensor(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    return quantize_rows(weight, grid.largest, grid.k)
 
+@dataclass(frozen=True)
+class Half:
+    """Plain fp16."""
 
-dequantize_tensor = dequantize_rows
+    @property
+    def scheme(self) -> str:
+        return "fp16"
+
+    @property
+    def bits(self) -> int:
+        return 16
+
+    def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
+        return [StoredTensor("", shape, torch.float16)]
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+        return [weight.half()]
+
+    def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
+        return stored[0]
+
+    def write_rounded(self, weight: Tensor, out: Tensor) -> None:
+        """Vectors are few, and train in float32: only the file rounds them."""
+        out.copy_(weight)
+
+    def expected_bytes(self, shape: tuple[int, ...], weight: Tensor | None = None) -> float:
+        return HALF_BYTES * math.prod(shape)
+
+    def is_valid(self, stored: Sequence[Tensor]) -> bool:
+        return bool(stored[0].isfinite().all())
 
 
 def compute_entropy(codes: Tensor) -> float:
@@ -52,12 +162,13 @@ def compute_bits(weights: Tensor) -> float:
     return -(shares * shares.log2()).sum().item()
 
 
-def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """GPTQ: the same grid, but each column's rounding error moves the columns that are still open so that the outputs
-    change least. `hessian` is the sum of x x^T over the inputs x of all passes. Columns go by falling energy."""
-    _, step = quantize_tensor(weight, grid)
+def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[Tensor]:
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error moves the columns that are still open
+    so that the outputs change least. Columns go by falling energy."""
+    _, step = quantize_rows(weight, grid.largest, grid.k)
     order = hessian.diagonal().argsort(descending=True)
-    open_weight, hessian = weight.float()[:, order], hessian[order][:, order].float()
+    open_weight = weight.float()[:, order]
+    hessian = hessian[order][:, order].float()
     energy = hessian.diagonal().mean() + 1e-12
     eye = torch.eye(len(order), device=hessian.device)
     for damping in (0.01, 0.1, 1.0, 10.0):  # rank-deficient inputs need more than 1% of the mean energy
@@ -75,42 +186,5 @@ def round_with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Te
             errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
             open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
         open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8), step
-
-
-class Latents:
-    """float32 truth behind the working weights of a model, with one flat gradient that ranks reduce at once."""
-
-    def __init__(self, model: nn.Module, grids: dict[str, Grid | None] | None = None, frozen: tuple[str, ...] = ()):
-        named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen)}
-        self.working, self.grids = named, grids or dict.fromkeys(named)
-        self.weights = {n: p.detach().float().clone().requires_grad_() for n, p in named.items()}
-        self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(w.numel() for w in self.weights.values()))
-        views = self.flat_grad.split([w.numel() for w in self.weights.values()])
-        for weight, view in zip(self.weights.values(), views):
-            weight.grad = view.view_as(weight)
-
-    def collect(self) -> None:
-        """Moves the gradients of the working weights into the float32 sum: a bf16 sum would drop small terms."""
-        for name, p in self.working.items():
-            if p.grad is not None:
-                self.weights[name].grad.add_(p.grad)
-                p.grad = None
-
-    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor], share: float, clip: float) -> Tensor:
-        """Sums over ranks, scales by `share`, clips the norm and returns it. A gradient that is not finite becomes
-        zero, so that a run which stops at such a norm has weights that are still good."""
-        grad = sum_over_ranks(self.flat_grad).mul_(share)
-        norm = grad.norm()
-        factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
-        grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
-        return norm
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Writes the latents to the working weights, on the grid where there is one."""
-        for name, weight in self.weights.items():
-            if grid := self.grids[name]:
-                round_to_grid_ref(weight, self.working[name], grid.largest, grid.k)
-            else:
-                self.working[name].copy_(weight)
+    codes = torch.zeros_like(codes).index_copy(1, order, codes)
+    return [codes.to(torch.int8), step]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopgolf.errors import ConfigError
-from loopgolf.plan import parse_pass_set, parse_plan
+from loopgolf.plan import ONCE, Depth, parse_pass_set, parse_plan
 
 INNERMOST = re.compile(r"\((\^?)([a-zA-Z?!;]+)(~*)\)\*(\d+|r)")
 
@@ -65,9 +65,14 @@ trees = st.recursive(
 plans = trees.map(lambda tree: build(tree, [True]))
 
 
+def at(depth: int) -> Depth:
+    """0 stands for every group once, in these tests only."""
+    return Depth(depth) if depth else ONCE
+
+
 def describe(text: str, depth: int, rows: int) -> list[tuple[str, int, int, bool]]:
     plan = parse_plan(text)
-    return [(plan.names[p.block], len(p.enter), len(p.inject), p.norm) for p in plan.passes(depth, rows)]
+    return [(plan.names[p.block], len(p.enter), len(p.inject), p.norm) for p in plan.passes(at(depth), rows)]
 
 
 @given(plans, st.integers(0, 4), st.integers(1, 4))
@@ -104,39 +109,39 @@ def test_depth_zero_runs_every_group_once(text):
 
 @given(plans, st.integers(1, 4))
 def test_slots_count_the_passes(text, depth):
-    slots = [p.slot for p in parse_plan(text).passes(depth, depth)]
+    slots = [p.slot for p in parse_plan(text).passes(Depth(depth), depth)]
     assert slots == list(range(len(slots)))
 
 
 @given(plans, st.integers(0, 6), st.integers(1, 3))
 def test_slots_stay_within_the_tables_and_keep_their_block(text, depth, rows):
     plan = parse_plan(text)
-    owner = {p.slot: p.block for p in plan.passes(rows, rows)}
-    assert all(owner[p.slot] == p.block for p in plan.passes(depth, rows))
+    owner = {p.slot: p.block for p in plan.passes(Depth(rows), rows)}
+    assert all(owner[p.slot] == p.block for p in plan.passes(at(depth), rows))
 
 
 def test_depth_zero_uses_the_parameters_of_the_first_repetition():
-    assert [p.slot for p in parse_plan("abc(def)*3ghijk").passes(0, 4)] == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16]
+    assert [p.slot for p in parse_plan("abc(def)*3ghijk").passes(ONCE, 4)] == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16]
 
 
 @pytest.mark.parametrize("depth", range(1, 7))
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_repetitions_beyond_the_table_reuse_its_last_row(depth, rows):
-    slots = [p.slot for p in parse_plan("ab(^cdef)*rgh").passes(depth, rows)]
+    slots = [p.slot for p in parse_plan("ab(^cdef)*rgh").passes(at(depth), rows)]
     body = [2 + 4 * min(rep, rows - 1) + i for rep in range(depth) for i in range(4)]
     assert slots == [0, 1, *body, 2 + 4 * rows, 3 + 4 * rows]
 
 
 def test_marks_stand_at_the_right_passes():
-    between = parse_plan("ab(^cd~)*3e").passes(1, 1)
+    between = parse_plan("ab(^cd~)*3e").passes(Depth(1), 1)
     assert [i for i, p in enumerate(between) if p.inject] == [2, 4, 6]
     assert [i for i, p in enumerate(between) if p.enter] == [2]
     assert [i for i, p in enumerate(between) if p.norm] == [3, 5]
-    assert [i for i, p in enumerate(parse_plan("ab(^cd~~)*3e").passes(1, 1)) if p.norm] == [3, 5, 7]
+    assert [i for i, p in enumerate(parse_plan("ab(^cd~~)*3e").passes(Depth(1), 1)) if p.norm] == [3, 5, 7]
 
 
 def test_nested_injections_are_mixed_in_from_the_outside():
-    first = parse_plan("(^(^ab)*2)*2").passes(1, 1)[0]
+    first = parse_plan("(^(^ab)*2)*2").passes(Depth(1), 1)[0]
     assert first.enter == first.inject == (0, 1)
 
 
@@ -172,7 +177,7 @@ def test_a_broken_plan_is_refused_or_still_a_plan(text, data):
         plan = parse_plan(broken)
     except ConfigError:
         return
-    assert [plan.names[p.block] for p in plan.passes(2, 2)] == [row[0] for row in expand(broken, 2)]
+    assert [plan.names[p.block] for p in plan.passes(Depth(2), 2)] == [row[0] for row in expand(broken, 2)]
 
 
 @pytest.mark.parametrize(
