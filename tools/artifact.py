@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ import torch
 import train_gpt
 from data.shards import TokenStream
 from loopgolf.artifact import Artifact
-from loopgolf.quantize import compute_entropy
+from loopgolf.quantize import RowGrid, compute_entropy
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError
 from tools.plot import import_pyplot
@@ -41,21 +42,27 @@ class Row:
 
 def describe(path: Path) -> tuple[list[Row], Artifact]:
     artifact = train_gpt.load_artifact(path)
-    layout = {entry["name"]: entry for entry in artifact.layout}
     rows = []
-    for name, codes in artifact.raw.items():
-        if name.endswith(".step"):
-            continue
-        bits, step = layout[name]["bits"], artifact.raw.get(f"{name}.step")
-        shape = "x".join(map(str, codes.shape))
-        if step is None:
-            rows.append(Row(name, shape, bits, 0.0, 16.0, 2.0 * codes.numel()))
-            continue
-        entropy = compute_entropy(codes)
-        spread = (codes.float() * step.float()[:, None]).square().mean(1).sqrt()
-        k = float((step.float() * (2 ** (bits - 1) - 1) / spread.clamp_min(1e-12))[spread > 0].median())
-        rows.append(Row(name, shape, bits, k, entropy, entropy * codes.numel() / 8 + 2 * len(step)))
+    for name, (shape, format) in artifact.layout.items():
+        stored = {tensor: artifact.raw[tensor] for tensor in artifact.layout[name].stored(name)}
+        n_bytes = sum(entropy_bytes(tensor) for tensor in stored.values())
+        entropy = 8 * entropy_bytes(artifact.raw[name]) / max(1, artifact.raw[name].numel())
+        k = measure_k(artifact.tensors[name], artifact.raw[f"{name}.step"], format) if len(stored) > 1 else 0.0
+        rows.append(Row(name, "x".join(map(str, shape)), format.bits, k, entropy, n_bytes))
     return sorted(rows, key=lambda row: -row.bytes), artifact
+
+
+def entropy_bytes(stored: torch.Tensor) -> float:
+    """Bytes of a stored tensor: of codes as many as their entropy needs."""
+    if stored.dtype != torch.int8:
+        return float(stored.numel() * stored.dtype.itemsize)
+    return compute_entropy(stored) * stored.numel() / 8 if stored.numel() else 0.0
+
+
+def measure_k(weight: torch.Tensor, step: torch.Tensor, grid: RowGrid) -> float:
+    """The k that a matrix was stored with."""
+    spread = weight.square().mean(1).sqrt()
+    return float((step.float() * grid.largest / spread.clamp_min(1e-12))[spread > 0].median())
 
 
 def show(path: Path, picture: Path | None) -> None:
@@ -67,7 +74,7 @@ def show(path: Path, picture: Path | None) -> None:
         print(f"{row.name:<24}{row.shape:>12}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
               f"{row.bytes / total:>8.1%}")  # fmt: skip
     for number, stream in enumerate(artifact.streams):
-        print(f"stream {number} codec:{stream['codec']} bytes:{stream['bytes']} raw_bytes:{stream['raw_bytes']}")
+        print(f"stream {number} codec:{stream.codec} bytes:{stream.bytes} raw_bytes:{stream.raw_bytes}")
     print(f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
           f"sha256:{artifact.sha256}")  # fmt: skip
     if picture:
@@ -91,7 +98,9 @@ def draw_shares(rows: list[Row], path: Path, picture: Path) -> None:
 def diff(path_a: Path, path_b: Path) -> int:
     """Fields and tensors that differ; exit code 1 when any does."""
     a, b = train_gpt.load_artifact(path_a), train_gpt.load_artifact(path_b)
-    lines = [f"config {n}: {a.stored[n]} | {b.stored[n]}" for n in a.stored if a.stored[n] != b.stored[n]]
+    ours, theirs = (asdict(train_gpt.config_from_stored(artifact.stored)) for artifact in (a, b))
+    stored = [f.name for f in fields(train_gpt.Stored)]
+    lines = [f"config {n}: {ours[n]} | {theirs[n]}" for n in stored if ours[n] != theirs[n]]
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         x, y = a.tensors.get(name), b.tensors.get(name)
         if x is None or y is None or x.shape != y.shape:
@@ -116,20 +125,19 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     """Exports a finished run again from its checkpoint, as train_gpt.py would have with this limit."""
     try:
         config = train_gpt.Config(**json.loads((folder / "config.json").read_text()))
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        weights = saved["average"] or saved["optim"]["weights"]
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["state"]
+        weights = saved["average"]["mean"] or saved["weights"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder}: not a finished run ({error.__class__.__name__}: {error})") from None
     ctx = train_gpt.build_context(replace(config, compile="none"), {})
     config = replace(config, byte_limit=byte_limit)
-    _, digest = train_gpt.load_tokenizer(config)
+    tokenizer = train_gpt.load_run_tokenizer(config)
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = train_gpt.build_model(config, ctx)
     weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
-    hessians = train_gpt.collect_hessians(config, ctx, weights, stream)
-    tokenizer = dict(sha256=digest, vocab=config.vocab_size)
-    k_scale = train_gpt.plan_k_scale(config, model)
-    content = train_gpt.fit_artifact(config, model, weights, hessians, k_scale, tokenizer)
+    hessians = train_gpt.calibrate(config, ctx, weights, stream)
+    trained = train_gpt.Trained(weights, hessians, train_gpt.plan_k_scale(config, model), train_gpt.Position())
+    content = train_gpt.fit_artifact(config, model, trained, tokenizer.identity)
     write_atomic(out, content)
     room = byte_limit - config.code_reserve
     share = f" of_limit:{(len(content) + config.code_reserve) / byte_limit:.4f}" if byte_limit else ""
@@ -151,8 +159,8 @@ def run(args: argparse.Namespace) -> int | None:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="table of tensors, biggest first")
     command.add_argument("artifact", type=Path)

@@ -37,8 +37,9 @@ from torch import Tensor
 
 import train_gpt
 from loopgolf.errors import ConfigError, Stop
+from loopgolf.options import Parser
 from loopgolf.runtime import Log, run_program, write_atomic
-from loopgolf.scoring import BpbMeter, ByteCounter, Window, WindowScorer, build_scorer, score_tokens
+from loopgolf.scoring import BpbMeter, ByteCounter, Window, WindowScorer, score_tokens
 from tools.lib.runlog import RunError
 
 RULES = ("causal", "normalized", "score-before-update", "once", "bytes", "documents")
@@ -187,7 +188,7 @@ class Auditor:
         self.config, self.is_per_document = scorer.config, scorer.is_per_document
         self.length, self.stride = scorer.length, scorer.stride
         self.artifact = fingerprint(scorer)
-        self.adapts = type(scorer).observe is not WindowScorer.observe
+        self.adapts = scorer.adapts
         self.learnt = 0  # observations that moved a weight
         self.tolerance = LAYOUT_TOLERANCE if self.config.moe_experts else 0.0
 
@@ -390,16 +391,7 @@ def audit(
 def choose_span(scorer: WindowScorer) -> int:
     """Tokens that make some windows, a cut last one, and where weights adapt some chunks too."""
     L = scorer.config.seq_len
-    return 1 + scorer.length + (4 if type(scorer).observe is not WindowScorer.observe else 1) * L + L // 3
-
-
-def shrink(config: train_gpt.Config) -> train_gpt.Config:
-    """The same scoring with fewer rows in a batch and smaller chunks, so that a short span holds many of them."""
-    L = config.seq_len
-    return replace(
-        config, score_batch=4 if config.score_mode == "lora" else 2, ttt_chunk=min(config.ttt_chunk, 2 * L),
-        ttt_batch=min(config.ttt_batch, 2), lora_chunk=min(config.lora_chunk, max(1, L // 4)),
-    )  # fmt: skip
+    return 1 + scorer.length + (4 if scorer.adapts else 1) * L + L // 3
 
 
 def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
@@ -407,7 +399,10 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     artifact = train_gpt.load_artifact(path)
     beside = path.with_name("tokenizer.model")
     config = train_gpt.config_from_stored(artifact.stored)
-    config = shrink(replace(config, score_mode=args.mode or config.score_mode))
+    mode = args.mode or config.score_mode
+    scorer_class = train_gpt.find_scorer(mode)
+    small = scorer_class.small_settings(config)
+    config = replace(config, score_mode=mode, **small)
     # in float32 a leak cannot hide in rounding, nor rounding look like a leak
     config = replace(
         config, data_path=args.data_path, tokenizer_path=str(beside) if beside.is_file() else "",
@@ -417,21 +412,20 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     val = train_gpt.load_validation(config, ctx)
     if artifact.tokenizer != val.identity:
         raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
-    model = train_gpt.build_model(config, ctx)
+    model = train_gpt.build_eval_model(config, ctx)
 
     def build() -> WindowScorer:
         model.load_state_dict(artifact.tensors)
-        return build_scorer(config.score_mode, model, config, ctx)
+        return train_gpt.build_scorer(mode, model, config, ctx)
 
-    probes = args.probes or (20 if config.score_mode in ("sgd", "lora") else 200)
+    probes = args.probes or (20 if scorer_class.adapts else 200)
     span = val.tokens[: args.span or choose_span(build())]
-    tokenizer, _ = train_gpt.load_tokenizer(config)
+    tokenizer = train_gpt.load_tokenizer(config.tokenizer_file).model
     verdicts = audit(build, span, val.counter, tokenizer, probes, args.seed, val.tokens)
-    settings = {name: getattr(config, name) for name in ("score_batch", "ttt_chunk", "ttt_batch", "lora_chunk")}
     return dict(
         verdict="violated" if any(v.violations for v in verdicts) else "holds", artifact=str(path),
-        artifact_sha256=artifact.sha256, mode=config.score_mode, span=len(span), text=len(val.tokens), seed=args.seed,
-        doc_attention=config.doc_attention, settings=settings, device=str(ctx.device), dtype=config.dtype,
+        artifact_sha256=artifact.sha256, mode=mode, span=len(span), text=len(val.tokens), seed=args.seed,
+        doc_attention=config.doc_attention, settings=small, device=str(ctx.device), dtype=config.dtype,
         torch=torch.__version__, seconds=round(time.perf_counter() - started, 1),
         rules=[dict(rule=v.rule, verdict=v.verdict) | asdict(v) for v in verdicts],
     )  # fmt: skip
@@ -460,10 +454,10 @@ def run(args: argparse.Namespace) -> int:
     return 4 if report["verdict"] == "violated" else 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("artifact", type=Path, help="artifact, or the folder of a finished run")
-    parser.add_argument("--mode", choices=train_gpt.CHOICES["score_mode"], help="default: the artifact's own")
+    parser.add_argument("--mode", choices=tuple(train_gpt.SCORERS), help="default: the artifact's own")
     parser.add_argument("--data_path", default=train_gpt.RECIPES["pocket"]["data_path"], help="dataset folder")
     parser.add_argument("--probes", type=int, default=0, help="passes for causality (0: 200, or 20 where it adapts)")
     parser.add_argument("--span", type=int, default=0, help="validation tokens in a pass (0: a few windows)")

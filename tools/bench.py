@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ import torch
 import train_gpt
 from data.shards import TokenStream, write_shard
 from loopgolf.errors import ConfigError
-from loopgolf.quantize import Latents
+from loopgolf.options import Parser
+from loopgolf.params import start_weights
 from loopgolf.runtime import RunContext, run_program
-from loopgolf.scoring import build_scorer, score_tokens
+from loopgolf.scoring import score_tokens
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 WARM_STEPS = 2  # after the one that compiles
@@ -41,7 +43,7 @@ class Case:
 
     def __init__(self, options: list[str], folder: Path):
         config, _ = train_gpt.parse_config(options, {})
-        self.config = train_gpt.replace(config, data_path=str(folder), code_reserve=0)
+        self.config = replace(config, data_path=str(folder), code_reserve=0)
         self.ctx = train_gpt.build_context(self.config, dict(os.environ))
         train_gpt.check_split(self.config, self.ctx)
         tokens = np.random.default_rng(0).integers(2, config.vocab_size, 4 * config.batch_tokens + 1)
@@ -49,11 +51,9 @@ class Case:
         write_shard(path, tokens.astype(np.uint16))
         self.stream = TokenStream(str(folder), "train", 65536)
         self.model = train_gpt.build_model(self.config, self.ctx)
-        self.model.init_weights(config.seed)
-        grids = train_gpt.build_grids(self.config, self.model, train_gpt.plan_k_scale(self.config, self.model))
-        self.latents = Latents(self.model, grids)
-        self.optim = train_gpt.Optimizers(self.model, self.latents, self.config, self.ctx)
-        self.latents.publish()
+        start_weights(self.model, config.seed)
+        k_scale = train_gpt.plan_k_scale(self.config, self.model)
+        self.state = train_gpt.build_state(self.config, self.ctx, self.model, k_scale)
         self.steps: list[dict[str, float]] = []
         started = time.perf_counter()
         self.step()
@@ -63,30 +63,22 @@ class Case:
         self.steps.clear()
 
     def step(self) -> float:
-        """What train_gpt.train_step does, with a cut behind every part."""
-        config, ctx, model = self.config, self.ctx, self.model
-        seconds, settings = dict.fromkeys(PARTS, 0.0), train_gpt.settings_at(config, 0.5)
+        """One training step, with a cut after every part."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        settings = train_gpt.settings_at(self.config, 0.5, len(self.steps))
         cut = time.perf_counter()
 
-        def end(part: str) -> None:
+        def end_part(part: str) -> None:
             nonlocal cut
-            ctx.sync()
+            self.ctx.sync()
             now = time.perf_counter()
-            seconds[part], cut = seconds[part] + now - cut, now
+            seconds[part] += now - cut
+            cut = now
 
-        inputs, targets = train_gpt.load_batch(self.stream, len(self.steps), config, ctx)
-        size = config.micro_batch or len(inputs)
-        end("data")
-        for x, y in zip(inputs.split(size), targets.split(size)):
-            loss = model.loss(x, y, settings.depth)
-            end("forward")
-            loss.backward()
-            self.latents.collect()
-            end("backward")
-        self.latents.reduce(ctx.sum, size / (len(inputs) * ctx.world), config.grad_clip)
-        end("communication")
-        self.optim.step(settings)
-        end("optimizer")
+        consumed = len(self.steps) * settings.batch_tokens
+        batch = train_gpt.load_batch(self.stream, consumed, settings, self.ctx)
+        end_part("data")
+        train_gpt.train_step(self.model, self.state, batch, settings, self.ctx, end_part)
         self.steps.append(seconds)
         return sum(seconds.values())
 
@@ -109,23 +101,16 @@ class Case:
         """Scored tokens per second, by the model that runs score with; forward tokens per scored one, with padding."""
         tokens = torch.from_numpy(self.stream.read(0, n_tokens))
         tokens[:: max(self.config.seq_len, 2)] = self.config.bos_id
-        judge = train_gpt.build_judge(self.config, self.ctx)
-        judge.load_state_dict(self.model.state_dict())
-        scorer = build_scorer(mode, judge, self.config, self.ctx)
+        eval_model = train_gpt.build_eval_model(self.config, self.ctx)
+        eval_model.load_state_dict(self.model.state_dict())
+        scorer = train_gpt.build_scorer(mode, eval_model, self.config, self.ctx)
         scorer.warm_up()
-        meter, forwarded = Positions(), 0
-
-        def count(_, inputs) -> None:
-            nonlocal forwarded
-            forwarded += inputs[0].numel()
-
-        hook = judge.register_forward_pre_hook(count)
+        meter = Positions()
         started = time.perf_counter()
         score_tokens(scorer, tokens, meter)
         self.ctx.sync()
         seconds = time.perf_counter() - started
-        hook.remove()
-        return dict(mode=mode, tokens_per_s=meter.count / seconds, forward_per_scored=forwarded / meter.count)
+        return dict(mode=mode, tokens_per_s=meter.count / seconds, forward_per_scored=scorer.forwarded / meter.count)
 
 
 class Positions:
@@ -165,7 +150,7 @@ def compare(a: Case, b: Case, rounds: int) -> dict:
 def run(args: argparse.Namespace) -> None:
     if args.steps < 1 or args.score_tokens < 2:
         raise ConfigError("--steps and --score_tokens must be positive")
-    known, modes = train_gpt.CHOICES["score_mode"], [mode for mode in args.modes.split(",") if mode]
+    known, modes = list(train_gpt.SCORERS), [mode for mode in args.modes.split(",") if mode]
     if wrong := set(modes) - set(known):
         raise ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -192,11 +177,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--steps", type=int, default=8, help="measured steps, or rounds with --against [8]")
     parser.add_argument("--against", type=shlex.split, metavar="OPTIONS", help="a second one: changes to the first")
-    parser.add_argument("--modes", default="", help="also score: plain,sliding,banded,sgd,lora")
+    parser.add_argument("--modes", default="", help=f"also score: {','.join(train_gpt.SCORERS)}")
     parser.add_argument("--score_tokens", type=int, default=16384, help="tokens to score in each mode [16384]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("options", nargs="*", help="options of train_gpt.py, after --")

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from kernels.attention import Cache
+from loopgolf.cache import Cache
 from loopgolf.errors import Stop
+from loopgolf.options import Parser
 from loopgolf.runtime import Log, run_program, write_atomic
 from loopgolf.scoring import BpbMeter
 from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
@@ -125,7 +126,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
                     for position in range(window.first, window.stop):
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)
-                            states = predictor.model(tokens, cache=cache, lora=scorer.lora)[:, -1]
+                            states = predictor.model.hidden(tokens, cache=cache, lora=scorer.lora)[:, -1]
                             log_probs = predictor.model.logits(states).log_softmax(-1)[0]
                         row[position] = choose(log_probs)
                         fresh = row[position : position + 1]
@@ -170,7 +171,7 @@ def describe_numbers(predictor: Predictor) -> dict:
         artifact=predictor.artifact.sha256, mode=predictor.mode, torch=str(torch.__version__), numpy=np.__version__,
         device=f"{ctx.device.type} {name}", instructions=torch.backends.cpu.get_cpu_capability(),
         dtype=str(ctx.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-        python=platform.python_version(), code=train_gpt.hash_counted_code(predictor.config.moe_experts),
+        python=platform.python_version(), code=train_gpt.hash_counted_code(predictor.config),
     )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def unpack_file(content: bytes) -> tuple[dict, bytes]:
     except (ValueError, AttributeError, RecursionError):
         is_good = False
     # a token stands for a byte at least, but for the space that may open a document
-    if not is_good or header["tokens"] > header["bytes"] + 1 or header["mode"] not in train_gpt.CHOICES["score_mode"]:
+    if not is_good or header["tokens"] > header["bytes"] + 1 or header["mode"] not in train_gpt.SCORERS:
         raise DamagedFile("its header does not hold what this version writes")
     return header, content[16 + header_bytes : -32]
 
@@ -265,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(report)) if args.json else Log()(f"{args.command}d", **report)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("encode", "compress a file"), ("decode", "give the bytes of a compressed file back")):
         command = commands.add_parser(name, help=what, description=what)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 import train_gpt
 from loopgolf.plan import parse_plan
+from loopgolf.options import Parser
 from loopgolf.runtime import Log, run_program
-from loopgolf.scoring import BpbMeter, ByteCounter, Score, build_scorer, score_tokens
+from loopgolf.scoring import BpbMeter, ByteCounter, Score, score_tokens
 from tools.lib.exits import EarlyExit
 from tools.lib.predictor import InputError
 from tools.plot import COLORS, GREY, check_picture, import_pyplot, name_points, save_picture
@@ -75,11 +76,11 @@ class Study:
     def __init__(self, path: Path, options: list[str], mode: str):
         config, _ = train_gpt.parse_config(options, dict(os.environ))
         self.artifact, self.mode = train_gpt.load_artifact(path), mode
-        stored = self.artifact.stored
-        if not parse_plan(stored["plan"]).is_variable:
-            raise InputError(f"{path}: its plan {stored['plan']} has a fixed depth; train one with a group marked *r, "
+        trained = train_gpt.config_from_stored(self.artifact.stored)
+        if not parse_plan(trained.plan).is_variable:
+            raise InputError(f"{path}: its plan {trained.plan} has a fixed depth; train one with a group marked *r, "
                              "such as --plan 'ab(^cd)*rgh' --skips none")  # fmt: skip
-        self.config = replace(config, **stored, batch_tokens=stored["seq_len"], compile="none")
+        self.config = replace(train_gpt.with_stored_of(trained, config), compile="none")
         self.ctx = train_gpt.build_context(self.config, {})
         quiet = replace(self.ctx, log=Log(quiet=True))
         self.val = train_gpt.load_validation(self.config, quiet)
@@ -91,13 +92,12 @@ class Study:
 
     def score(self, r: int, tau: float | None = None) -> tuple[Point, Score]:
         config, ctx, early = self.config_at(r), self.ctx, None if tau is None else EarlyExit(tau)
-        model = train_gpt.build_model(config, ctx)
-        model.load_state_dict(self.artifact.tensors)
-        scorer, meter = build_scorer(self.mode, model, config, ctx), BpbMeter(self.val.counter)
+        model = train_gpt.load_eval_model(self.artifact, config, ctx)
+        scorer, meter = train_gpt.build_scorer(self.mode, model, config, ctx), BpbMeter(self.val.counter)
         scorer.warm_up()  # the first forward of a process pays for what is not the model's
         if early:
             meter = ExitMeter(self.val.counter, early, config.seq_len)
-            model.register_forward_pre_hook(lambda _, args, kw: (args, kw | dict(watch=early)), with_kwargs=True)
+            scorer.on_pass = early
         ctx.sync()
         started = time.perf_counter()
         score_tokens(scorer, self.val.tokens, meter, f"r={r}" if tau is None else f"exit {tau:g}")
@@ -195,13 +195,12 @@ def run(args: argparse.Namespace) -> None:
         draw(report, args.out)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.depth", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m tools.depth", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data_path", help="dataset folder [of the recipe for this machine]")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="R", help="[1 2 4 8 16]")
-    parser.add_argument("--mode", choices=train_gpt.CHOICES["score_mode"], default="plain", help="[plain]")
+    parser.add_argument("--mode", choices=tuple(train_gpt.SCORERS), default="plain", help="[plain]")
     parser.add_argument("--score_tokens", type=int, default=65536, metavar="N", help="0 for all [65536]")
     parser.add_argument("--exit", type=float, nargs="*", metavar="TAU", help="relative changes below which a token "
                         "leaves, in plain windows [0.3 0.2 0.1 0.05]")  # fmt: skip

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import train_gpt
 from loopgolf.errors import DoesNotFit, Stop
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
 
 ROOT = Path(train_gpt.__file__).resolve().parent
@@ -250,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
     parser.add_argument("--with", dest="lazy", nargs="+", default=[], metavar="MODULE", help="lazy imports to pack")

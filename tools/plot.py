@@ -24,13 +24,14 @@ from data.shards import TokenStream
 from loopgolf.artifact import Artifact
 from loopgolf.errors import DataError
 from loopgolf.quantize import compute_entropy
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError, read_log, read_result
 
 # colours that stay apart for colour-blind eyes (Okabe and Ito)
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#8A8A8A"
-STAGES = {"trained": "last weights", "averaged": "float latents", **{m: m for m in train_gpt.CHOICES["score_mode"]}}
+STAGES = {"trained": "last weights", "averaged": "float latents", **{m: m for m in tuple(train_gpt.SCORERS)}}
 PARTS = {"core": "shared matrices", "edge": "other matrices", "embed": "token embedding", "table": "tables",
          "vector": "vectors, steps"}  # fmt: skip
 
@@ -254,8 +255,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m tools.plot", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="picture to write (one run: report.png in its folder)")
     return run_program(run, parser.parse_args(argv))

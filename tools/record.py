@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from loopgolf.errors import DoesNotFit
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 from tools.lib.runlog import RunError, read_result
 from tools.pack import ROOT
@@ -188,8 +189,8 @@ def sentence(found: dict) -> str:
             f"(Welch, one-sided: p = {found['p_by_margin']:.3g}; for any gain {any_gain}).")  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="a submission folder from finished runs of several seeds")
     command.add_argument("out", type=Path, metavar="OUT_DIR", help="records/TRACK/YYYY-MM-DD_NAME")

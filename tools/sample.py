@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.attention import Cache
+from loopgolf.cache import Cache
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor
 
@@ -47,7 +48,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 def stream_logits(predictor: Predictor, cache: Cache, tokens: Tensor) -> Tensor:
     """Logits (V,) of what follows these tokens in the stream of the cache."""
     for piece in tokens.split(predictor.config.seq_len):  # a long prompt takes no more memory than a window
-        states = predictor.model(piece[None].to(predictor.ctx.device), cache=cache)
+        states = predictor.model.hidden(piece[None].to(predictor.ctx.device), cache=cache)
     return predictor.model.logits(states[:, -1])[0]
 
 
@@ -91,8 +92,8 @@ def read_prompts() -> Iterator[bytes]:
         yield line.rstrip(b"\r\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("artifact", type=Path)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--prompt", default="", help="text to continue, printed first (default: a new document)")

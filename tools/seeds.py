@@ -24,7 +24,7 @@ from pathlib import Path
 
 import train_gpt
 from loopgolf.errors import Interrupted, Stop
-from loopgolf.options import split_options
+from loopgolf.options import Parser, split_options
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError, read_result
 from tools.submission.entry import PER_RUN_SETTINGS
@@ -169,8 +169,8 @@ def format_table(rows: list[dict], summary: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, by torchrun [1]")
     parser.add_argument("--name", help="runs are called NAME-seedN [the recipe]")

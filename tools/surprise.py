@@ -26,6 +26,7 @@ import numpy as np
 import zstandard
 from torch import Tensor
 
+from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
 
@@ -139,8 +140,8 @@ def run(args: argparse.Namespace) -> None:
         show(reports, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     add_model_options(parser, "that of the artifact")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -20,11 +21,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 import train_gpt
 from loopgolf.errors import Stop
-from loopgolf.options import split_options
+from loopgolf.options import Parser, split_options
 from loopgolf.runtime import run_program
 from tools import seeds
 from tools.lib.runlog import RunError, read_result
@@ -81,7 +80,7 @@ def summarize(text: str, plans: list[seeds.Plan]) -> Row:
     scores = columns["val_bpb"]
     params, flops = count_work(config)
     return Row(
-        plan, shlex.join(own), [str(plan.folder) for plan in plans], train_gpt.hash_counted_code(config.moe_experts),
+        plan, shlex.join(own), [str(plan.folder) for plan in plans], train_gpt.hash_counted_code(config),
         params, flops, mean(columns["artifact_bytes"]), mean(scores), sample_std(scores) if len(scores) > 1 else None,
         scores, mean(columns["steps"]), mean(columns["train_s"]), sum(columns["tokens"]) / sum(columns["train_s"]),
     )  # fmt: skip
@@ -89,10 +88,9 @@ def summarize(text: str, plans: list[seeds.Plan]) -> Row:
 
 def count_work(config: train_gpt.Config) -> tuple[int, int]:
     """Parameters, and operations of a trained token at the mean depth."""
-    with torch.device("meta"):
-        model = train_gpt.LoopedGPT(config)
-    learned = train_gpt.expect_depth(config, config.bptt)
-    flops = train_gpt.compute_flops(config, train_gpt.expect_depth(config), learned)
+    model = train_gpt.build_meta_model(config)
+    learned_r = train_gpt.expect_repetitions(config, config.bptt or math.inf)
+    flops = train_gpt.compute_flops(config, train_gpt.expect_repetitions(config), learned_r)
     return sum(p.numel() for p in model.parameters()), flops
 
 
@@ -144,9 +142,8 @@ def name_rows(rows: list[Row]) -> list[str]:
     return names
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m tools.sweep", description=__doc__)
     parser.add_argument("plans", nargs="+", metavar="PLAN", help="a loop plan, with options of its own behind it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], metavar="N", help="seeds of every plan [1337]")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, by torchrun [1]")

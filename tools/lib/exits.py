@@ -1,7 +1,7 @@
-"""Depth that each token chooses for itself: a watcher for the model's forward.
+"""Depth that each token chooses for itself: something that looks on at every pass of a forward.
 
     early = EarlyExit(0.1)
-    states = model(tokens, 16, watch=early)
+    states = model.hidden(tokens, Depth(16), on_pass=early)
     early.mean_depth        over all positions; of each one: early.depths
 
 It only measures: positions that have left keep their state, and the others attend to it, but nothing is skipped.
@@ -26,7 +26,7 @@ class EarlyExit:
         self.repetitions = self.positions = 0
 
     def __call__(self, p: Pass, x: Tensor) -> Tensor:
-        if p.left < 0 or not p.ends:
+        if p.repetitions_left is None or not p.ends:
             return x
         if self.state is None:
             self.is_open = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -37,8 +37,8 @@ class EarlyExit:
         if self.state is not None:
             change = (x - self.state).float().norm(dim=-1) / x.float().norm(dim=-1)
             self.is_open &= change >= self.tau
-        self.state = x if p.left else None
-        if not p.left:
+        self.state = x if p.repetitions_left else None
+        if not p.repetitions_left:
             self.repetitions, self.positions = self.repetitions + self.depths.sum(), self.positions + x[..., 0].numel()
         return x
 

@@ -6,7 +6,6 @@ Programs that use an artifact on text (tools.codec, tools.surprise, tools.sample
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor
 
 import train_gpt
 from data.folder import TOKENIZER
-from data.tokenizer import LETTERS_OF_NOBODY, SPACE_MARKER, encode_document, load_tokenizer
+from data.tokenizer import LETTERS_OF_NOBODY, SPACE_MARKER, encode_document
 from loopgolf.artifact import Artifact
 from loopgolf.errors import Stop
 from loopgolf.runtime import RunContext
-from loopgolf.scoring import ByteCounter, WindowScorer, build_scorer, score_tokens
+from loopgolf.scoring import ByteCounter, WindowScorer, score_tokens
 
 BAD_BYTES = "\udc80-\udcff"  # what errors="surrogateescape" makes of bytes that are not UTF-8
 BATCH = 16  # windows that are scored in one forward
@@ -98,7 +97,7 @@ class Predictor:
         return torch.tensor([self.config.bos_id, *tokens])
 
     def build_scorer(self, batch: int = 1) -> WindowScorer:
-        return build_scorer(self.mode, self.model, replace(self.config, score_batch=batch), self.ctx)
+        return train_gpt.build_scorer(self.mode, self.model, replace(self.config, score_batch=batch), self.ctx)
 
     def score(self, row: Tensor, meter) -> None:
         """What a run does to get its val_bpb, without a limit on the time of adaptation."""
@@ -114,17 +113,16 @@ def load_predictor(path: Path, tokenizer_path: Path | None = None, mode: str = "
     tokenizer_path = tokenizer_path or path.with_name(TOKENIZER)
     if not tokenizer_path.is_file():
         raise InputError(f"{tokenizer_path}: no tokenizer there; name the one of this artifact with --tokenizer")
-    tokenizer, digest = load_tokenizer(tokenizer_path), hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
-    if artifact.tokenizer != dict(sha256=digest, vocab=len(tokenizer)):
+    tokenizer, identity = train_gpt.load_tokenizer(tokenizer_path)
+    if artifact.tokenizer != identity:
         wanted = artifact.tokenizer["sha256"]
         raise InputError(f"{tokenizer_path}: not the tokenizer of this artifact; give the one with sha256 {wanted}")
     ctx = train_gpt.build_context(config, {})
     if ctx.device.type == "cuda":  # sums in the gradients of tables would come in another order each time
         torch.use_deterministic_algorithms(True, warn_only=True)
-    model = train_gpt.build_model(config, ctx)
-    model.load_state_dict(artifact.tensors)
+    model = train_gpt.load_eval_model(artifact, config, ctx)
     counter = ByteCounter(tokenizer)
-    return Predictor(artifact, config, ctx, model.eval(), Speller(tokenizer), counter, mode or config.score_mode)
+    return Predictor(artifact, config, ctx, model, Speller(tokenizer), counter, mode or config.score_mode)
 
 
 def read_file(path: Path) -> bytes:
@@ -138,5 +136,5 @@ def add_model_options(parser: argparse.ArgumentParser, default_mode: str = "") -
     """--tokenizer, and --mode where there is a choice."""
     parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
     if default_mode:
-        modes = train_gpt.CHOICES["score_mode"]
+        modes = tuple(train_gpt.SCORERS)
         parser.add_argument("--mode", choices=modes, default="", help=f"how to predict (default: {default_mode})")
