@@ -27,7 +27,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,15 @@ from loopgolf.options import (
     parse_command_line,
     parse_environment,
 )
-from loopgolf.params import DeclaringModule, collect_specs, start_at, start_normal, start_orthogonal, start_weights, vector
+from loopgolf.params import (
+    DeclaringModule,
+    collect_specs,
+    start_at,
+    start_normal,
+    start_orthogonal,
+    start_weights,
+    vector,
+)
 from loopgolf.plan import ONCE, Depth, Pass, Plan, parse_pass_set, parse_plan
 from loopgolf.quantize import Format, Half, RowGrid
 from loopgolf.runtime import (
@@ -102,7 +110,7 @@ class Architecture:
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
-    mlp: str = option("relu2", "squared ReLU, or a second projection gates the hidden layer", choices=("relu2", "swiglu"))
+    mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
     moe_experts: int = option(0, "SwiGLU experts that tokens are sent to, besides the MLP (0 = none)", high=65536)
     moe_hidden: int = option(1024, "hidden width of an expert", low=1, high=65536)
     moe_top: int = option(2, "experts that each token is sent to", low=1, high=65536)
@@ -148,7 +156,7 @@ class Size:
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
-    calibration_tokens: int = option(131072, "training tokens that steer the rounding when byte_limit binds (0 = plain)")
+    calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
     code_reserve: int = option(24_000, "bytes that a run sets aside for the code")
@@ -161,7 +169,7 @@ class Training:
     iterations: int = option(0, "train this many steps instead of for a time (0 = use the time budget)")
     max_wallclock_seconds: float = option(600.0, "training budget in seconds", low=0.1)
     loop_start: float = option(0.0, "fraction of the budget before which every group of the plan runs once", high=1)
-    sample_depth: bool = option(False, "draw r anew for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
+    sample_depth: bool = option(False, "draw r for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
     optimizer: str = option("muon", "of the matrices, with Adam for the rest; or of everything")
     batch_tokens: int = option(524288, "tokens in one optimizer step, over all ranks", low=1)
     micro_batch: int = option(0, "sequences in one forward pass of a rank; more are accumulated (0 = all)")
@@ -178,7 +186,7 @@ class Training:
     grad_clip: float = option(0.3, "largest norm of the whole gradient (0 = no clipping)")
     warmdown: float = option(0.59, "last fraction of the budget over which the learning rate falls", high=1)
     final_lr: float = option(0.0, "learning rate at the end, as a fraction of the peak", high=1)
-    average: str = option("swa", "what is exported: last weights, equal or decaying mean", choices=("none", "swa", "ema"))
+    average: str = option("swa", "weights to export: the last, equal or decaying mean", choices=("none", "swa", "ema"))
     average_start: float = option(0.88, "fraction of the budget after which weights are averaged", high=1)
     average_every: int = option(50, "steps between two weights in the average", low=1)
     ema_decay: float = option(0.9, "what the decaying mean keeps of itself each time", high=1)
@@ -197,7 +205,7 @@ class Run:
     score: str = option("", "score this artifact instead of training, without a time budget")
     also: str = option("trained,averaged,plain", "diagnostics besides the score, of")
     score_tokens: int = option(0, "score only this prefix of the validation tokens (0 = all)")
-    eval_budget: float = option(600.0, "seconds for val_bpb: adaptation stops in time for the rest to be scored without it")
+    eval_budget: float = option(600.0, "seconds for val_bpb: adaptation stops in time to score the rest without it")
     dry_run: bool = option(False, "print sizes and forecasts, then stop")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "what the passes compute in", choices=("auto", "float32", "bfloat16"))
@@ -314,7 +322,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         grad_clip=0.0, warmdown=0.087, average="none", edge_bits=8, score_mode="plain",
     ),
     "recursive_d20": dict(
-        # recursive nanochat (github.com/TrelisResearch/nanochat, branch recursive): prelude, core of sampled depth, coda
+        # recursive nanochat (github.com/TrelisResearch/nanochat, branch recursive): a core of sampled depth
         plan="ab(^cdef)*rgh", sample_depth=True, max_r=16, bptt=4, skips="none", pass_scales=False,
         model_dim=1280, num_heads=10, num_kv_heads=10, rope_dims=128, mlp_mult=4.0, q_gain=0.0, softcap=15.0,
         xsa_passes="none", ve_passes="none", smear=False, bigram_buckets=0, tied=False, vocab_size=65536,
@@ -408,7 +416,8 @@ def help_text(section: str = "") -> str:
     """What a newcomer needs; or the options of a section; or all of them."""
     by_name = {f.name: f for f in fields(Config)}
     if not section:
-        lines = [__doc__ or "", "The options that matter first (--name value, --name=value, or NAME=value in the environment):"]
+        title = "The options that matter first (--name value, --name=value, or NAME=value in the environment):"
+        lines = [__doc__ or "", title]
         lines += [describe_option(by_name[name], list_choices(name)) for name in FIRST_OPTIONS]
         return "\n".join([*lines, "", f"More: --help {', --help '.join(SECTIONS)}; all of them: --help all."])
     check_choice("--help", section, [*SECTIONS, "all"])
@@ -424,8 +433,8 @@ def help_text(section: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Data
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens come from memory-mapped shards. The batch of a step is a pure function of the tokens consumed before it, so that
-# a resumed run, a warm-up or another number of ranks never moves the data.
+# Tokens come from memory-mapped shards. The batch of a step is a pure function of the tokens consumed before it, so
+# that a resumed run, a warm-up or another number of ranks never moves the data.
 
 
 def load_batch(stream: TokenStream, consumed: int, settings: Settings, ctx: RunContext) -> tuple[Tensor, Tensor]:
@@ -847,9 +856,9 @@ class LoopedGPT(DeclaringModule):
         lora: Lora | None = None,
         on_pass: OnPass | None = None,
     ) -> Tensor:
-        """(B, T) tokens to normalised states (B, T, D). With a cache the tokens continue its stream. `lora`: adapters by
-        block and layer. `on_pass` sees the stream after every pass, before a norm of the plan, and returns the stream
-        that goes on; then nothing is compiled."""
+        """(B, T) tokens to normalised states (B, T, D). With a cache the tokens continue its stream. `lora`: adapters
+        by block and layer. `on_pass` sees the stream after every pass, before a norm of the plan, and returns the
+        stream that goes on; then nothing is compiled."""
         return self.run(tokens, depth, cache, lora, on_pass)[0]
 
     def logits(self, states: Tensor) -> Tensor:
@@ -1031,8 +1040,8 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, github.com/KellerJordan/Muon). Matrices of one shape, either way up,
-    form a batch, and ranks share the batch. A group has `parts`: for each weight the rows of its fused projections."""
+    """Momentum, orthogonalised (Jordan et al. 2024, github.com/KellerJordan/Muon). Matrices of one shape, either way
+    up, form a batch, and ranks share the batch. A group has `parts`: for each weight the rows of its projections."""
 
     def __init__(self, groups: list[dict[str, Any]], ctx: RunContext):
         super().__init__(groups, dict(lr=0.0, momentum=0.0))
@@ -1178,7 +1187,7 @@ def train_step(
     ctx: RunContext,
     end_part: Callable[[str], None] = ignore_part,
 ) -> Tensor:
-    """One optimizer step on this rank's sequences; returns its mean loss, which is NaN if the gradient is not finite."""
+    """One optimizer step on this rank's sequences. Returns its mean loss, or NaN if the gradient is not finite."""
     inputs, targets = batch
     size = model.config.micro_batch or len(inputs)
     total = torch.zeros((), device=ctx.device)
@@ -1255,7 +1264,10 @@ def train(
                 saved_at_s = at.used_s = clock.read_slowest()
             stop_if_needed(at, loss, must_stop, folder)
         averaged = state.averaged_weights()
-        hessians = calibrate(config, ctx, averaged, stream, clock, budget) if calibrates else {}
+        # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
+        deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
+        is_time_left = None if config.iterations else lambda: clock.read() < deadline_s
+        hessians = calibrate(config, ctx, averaged, stream, is_time_left) if calibrates else {}
         at.used_s = clock.stop()
     log_telemetry(model, at.step, stream, ctx)
     write_checkpoint(ctx, state, at, folder)
@@ -1325,10 +1337,16 @@ def resume_position(config: Config, ctx: RunContext, state: TrainState, folder: 
 
 
 def calibrate(
-    config: Config, ctx: RunContext, weights: dict[str, Tensor], stream: TokenStream, clock: Clock, budget: Budget
+    config: Config,
+    ctx: RunContext,
+    weights: dict[str, Tensor],
+    stream: TokenStream,
+    is_time_left: Callable[[], bool] | None = None,
 ) -> dict[str, Tensor]:
     """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
     or, against a clock, as much as the seconds that are left allow."""
+    if not config.calibration_tokens:
+        return {}
     model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
     model.load_state_dict(weights)
     sums: dict[str, Tensor] = {}
@@ -1337,11 +1355,9 @@ def calibrate(
             columns = module.weight.shape[1]
             sums[f"{name}.weight"] = torch.zeros(columns, columns, device=ctx.device)
             module.register_forward_hook(functools.partial(add_inputs, sums[f"{name}.weight"]))
-    # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
-    deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
     settings = settings_at(config, 1.0, 0)
     consumed = 0
-    while consumed < config.calibration_tokens if config.iterations else clock.read() < deadline_s:
+    while is_time_left() if is_time_left else consumed < config.calibration_tokens:
         inputs, _ = load_batch(stream, consumed, settings, ctx)
         with torch.no_grad():
             model.hidden(inputs)
@@ -1358,8 +1374,8 @@ def add_inputs(total: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], out
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. File
 # ----------------------------------------------------------------------------------------------------------------------
-# What goes into the artifact, how coarse its grids have to be, and how it comes back. Bits per weight depend on k alone,
-# so the coarseness is solved from the byte limit before training, and moved a little at most when the file is fitted.
+# What goes into the artifact, how coarse its grids have to be, and how it comes back. Bits per weight depend on k
+# alone, so the coarseness is solved from the byte limit before training, and moved a little at most in the final fit.
 
 FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
 HEADER_BYTES = 6000
@@ -1467,6 +1483,12 @@ def config_from_stored(stored: dict[str, Any]) -> Config:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
+def with_stored_of(stored: Config, config: Config, keep: Sequence[str] = ()) -> Config:
+    """A config with another one's stored settings, but for those to keep."""
+    taken = {f.name: getattr(stored, f.name) for f in fields(Stored) if f.name not in keep}
+    return replace(config, **taken, batch_tokens=taken.get("seq_len", config.seq_len))
+
+
 def describe_stored(stored: dict[str, Any]) -> Layout:
     """The parameters of an artifact that stores these settings."""
     config = config_from_stored(stored)
@@ -1519,9 +1541,14 @@ SCORERS = {
 }
 
 
-def build_scorer(mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext) -> WindowScorer:
+def find_scorer(mode: str) -> Any:
+    """The class of a score mode."""
     entry = SCORERS[mode]
-    return getattr(import_when_used(entry.module, f"score_mode={mode}"), entry.name)(model, config, ctx)
+    return getattr(import_when_used(entry.module, f"score_mode={mode}"), entry.name)
+
+
+def build_scorer(mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext) -> WindowScorer:
+    return find_scorer(mode)(model, config, ctx)
 
 
 def import_when_used(module: str, setting: str) -> Any:
@@ -1582,7 +1609,9 @@ class Evaluated(NamedTuple):
     skipped: int  # updates that the time did not allow
 
 
-def evaluate(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = "") -> Evaluated:
+def evaluate(
+    mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation, name: str = ""
+) -> Evaluated:
     """Score one mode and log it. `name` says which weights, where it is not the artifact. A finished file (--score) has
     all the time that it takes: a score belongs to the file, not to the machine."""
     started = time.perf_counter()
@@ -1610,9 +1639,10 @@ def count_updates(scorer: WindowScorer, ctx: RunContext) -> tuple[int, int]:
 def log_scoring_forecast(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, n_tokens: int) -> None:
     """How long scoring will take, and whether even plain scoring is too much for its budget."""
     seconds = build_scorer(mode, model, config, ctx).estimate_seconds(n_tokens)
-    ctx.log("forecast", what="scoring", mode=mode, seconds=seconds, budget_s=math.inf if config.score else config.eval_budget)
+    ctx.log("forecast", what="scoring", mode=mode, seconds=seconds)
     if seconds > config.eval_budget and not config.score:
-        ctx.log.line(f"# warning: {mode} scoring alone is expected to take {seconds:.0f} s of eval_budget={config.eval_budget}")
+        budget = f"eval_budget={config.eval_budget}"
+        ctx.log.line(f"# warning: {mode} scoring alone is expected to take {seconds:.0f} s, more than {budget}")
 
 
 def score_artifact(
@@ -1669,7 +1699,7 @@ def log_result(fields_found: dict[str, Any], ctx: RunContext) -> dict[str, Any]:
 
 
 def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) -> RunContext:
-    """Rank, device, dtype and compile mode, once. Joins the process group that torchrun announces in the environment."""
+    """Rank, device, dtype and compile mode, once. Joins the process group that torchrun announces."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     has_gpu = torch.cuda.is_available()
     on_gpu = has_gpu if config.device == "auto" else config.device == "cuda"
@@ -1795,7 +1825,8 @@ def check_split(config: Config, ctx: RunContext) -> None:
     """Whether the sequences of a step split over ranks and micro batches."""
     sequences, size = config.batch_tokens // config.seq_len, config.micro_batch
     if sequences % ctx.world:
-        raise ConfigError(f"batch_tokens={config.batch_tokens}: {sequences} sequences do not split over {ctx.world} ranks")
+        why = f"{sequences} sequences do not split over {ctx.world} ranks"
+        raise ConfigError(f"batch_tokens={config.batch_tokens}: {why}")
     if size and sequences // ctx.world % size:
         raise ConfigError(f"micro_batch={size} does not divide the {sequences // ctx.world} sequences of a rank")
 
@@ -1803,9 +1834,8 @@ def check_split(config: Config, ctx: RunContext) -> None:
 def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """--score: the model comes from the file, how to score too unless said otherwise."""
     artifact = load_artifact(config.score)
-    from_file = asdict(config_from_stored(artifact.stored))
-    used = {f.name: from_file[f.name] for f in fields(Stored) if source[f.name] not in ("cli", "env")}
-    config = replace(config, **used, batch_tokens=used.get("seq_len", config.seq_len))
+    given = [name for name, layer in source.items() if layer in ("cli", "env")]
+    config = with_stored_of(config_from_stored(artifact.stored), config, keep=given)
     model = build_eval_model(config, ctx)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if shapes != {name: weight.shape for name, weight in artifact.tensors.items()}:
@@ -1861,7 +1891,8 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
 
     trained = train(config, ctx, model, k_scale, stream, folder)
     at = trained.position
-    found: dict[str, Any] = dict(steps=at.step, tokens=at.tokens, train_s=at.used_s, seed=config.seed, recipe=config.recipe)
+    found: dict[str, Any] = dict(steps=at.step, tokens=at.tokens, train_s=at.used_s)
+    found.update(seed=config.seed, recipe=config.recipe)
     for name, weights in (("trained", model.state_dict()), ("averaged", trained.averaged)):
         if name in config.diagnostics:
             eval_model.load_state_dict(weights)

@@ -17,6 +17,13 @@ from loopgolf.state import MasterWeights, TrainState
 class SgdScorer(WindowScorer):
     """After each chunk a few epochs of SGD on it. Every rank takes part in every update."""
 
+    adapts = True
+
+    @staticmethod
+    def small_settings(config: Scoring) -> dict[str, int]:
+        chunk = min(config.ttt_chunk, 2 * config.seq_len)
+        return dict(score_batch=2, ttt_chunk=chunk, ttt_batch=min(config.ttt_batch, 2))
+
     def __init__(self, model: Model, config: Scoring, ctx: RunContext):
         # shorter windows than banded scoring alone has, so that a chunk has some for every rank
         super().__init__(model, config, ctx, banded_shape(config, stretch=2))
@@ -69,11 +76,16 @@ class SgdScorer(WindowScorer):
 
 
 class LoraScorer(WindowScorer):
-    """Every document starts with fresh low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the linear layers of each
-    block, and sees nothing of other documents; after each chunk of it they take one step of Adam. Documents of similar
-    length form a batch, in which every row has adapters of its own. A mixture of experts stays as it is."""
+    """Every document starts with fresh low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the linear layers of
+    each block, and sees nothing of other documents; after each chunk of it they take one step of Adam. Documents of
+    similar length form a batch, in which every row has its own adapters. A mixture of experts stays as it is."""
 
     is_per_document = True
+    adapts = True
+
+    @staticmethod
+    def small_settings(config: Scoring) -> dict[str, int]:
+        return dict(score_batch=4, lora_chunk=min(config.lora_chunk, max(1, config.seq_len // 4)))
 
     def __init__(self, model: Model, config: Scoring, ctx: RunContext):
         model.requires_grad_(False)

@@ -62,8 +62,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the settings that it stores, what tells its tokenizer apart, its tensors as they lie in the file
-    (codes, steps, fp16) and as the model uses them, size and digest of the whole file."""
+    """A loaded artifact: the settings that it stores, what tells its tokenizer apart, its tensors as they lie in the
+    file (codes, steps, fp16) and as the model uses them, size and digest of the whole file."""
 
     version: int
     stored: dict[str, Any]

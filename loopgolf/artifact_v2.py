@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loopgolf.artifact import STREAMS, Describe, Layout, Stream, read_header, read_streams, require

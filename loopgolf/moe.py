@@ -116,7 +116,7 @@ class MoE(DeclaringModule):
         super().__init__()
         hidden, experts = shape.hidden, shape.experts
         if dim % 8 or hidden % 8 or not 1 <= shape.top <= experts:
-            raise ValueError(f"{dim=} and {hidden=} have to be multiples of 8, and top={shape.top} from 1 to {experts=}")
+            raise ValueError(f"{dim=} and {hidden=} must be multiples of 8, and top={shape.top} from 1 to {experts=}")
         self.experts = experts
         self.top = shape.top
         self.declare("router", (experts, 2 * dim), vector(start_normal(0.02)))

@@ -94,7 +94,7 @@ def parse_command_line(argv: Sequence[str], defaults: dict[str, Any]) -> dict[st
 
 
 def find_wrong_fields(values: Any, config: type) -> str:
-    """What keeps values read from JSON from being settings of this config; empty if nothing does. Some may be missing."""
+    """Why values read from JSON cannot be settings of this config; empty if they can. Some may be missing."""
     if not isinstance(values, dict):
         return "not a table of settings"
     known = {f.name: f for f in fields(config)}

@@ -178,6 +178,7 @@ class WindowScorer:
     or, with is_per_document, the tracks."""
 
     is_per_document = False
+    adapts = False
 
     def __init__(self, model: Model, config: Scoring, ctx: RunContext, shape: WindowShape):
         self.model = model
@@ -192,6 +193,11 @@ class WindowScorer:
         self.update_s = 0.0  # seconds of the slowest update
         self.forwarded = 0  # tokens that went through the model, padding included
         model.eval()
+
+    @staticmethod
+    def small_settings(config: Scoring) -> dict[str, int]:
+        """Settings with which a short text, as an audit scores it, has many batches and chunks."""
+        return dict(score_batch=2)
 
     def windows(self, n_tokens: int) -> list[Window]:
         firsts = [1, *range(1 + self.length, n_tokens, self.stride)] if n_tokens > 1 else []

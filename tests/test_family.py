@@ -20,7 +20,7 @@ from test_model import draw_tokens, norm, states_one_by_one
 
 import train_gpt
 from data.shards import TokenStream
-from kernels.attention import Cache
+from loopgolf.cache import Cache
 from loopgolf.coder import decode_matrices
 from loopgolf.errors import ConfigError
 from loopgolf.plan import Group, parse_plan

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from kernels.attention import Cache, attend_fused, attend_in_blocks
+from kernels.attention import attend_fused, attend_in_blocks
 from kernels.head import softcap_logits
+from loopgolf.cache import Cache
 from train_gpt import RECIPES, Config, LoopedGPT, Reach
 
 

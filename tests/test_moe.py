@@ -13,7 +13,7 @@ from test_model import draw_tokens, mix_one_by_one
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Cache
+from loopgolf.cache import Cache
 from loopgolf.moe import MoE, balance_losses, choose, dense_ref, dispatch
 from loopgolf.quantize import Grid, quantize_tensor, round_with_feedback
 from train_gpt import Linear, LoopedGPT, compute_flops, main

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from kernels.attention import Cache
+from loopgolf.cache import Cache
 from loopgolf.scoring import BpbMeter
 from tools import sample, surprise
 from tools.lib.predictor import Predictor, load_predictor

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.shards import TokenStream
-from kernels.attention import Cache
+from loopgolf.cache import Cache
 from loopgolf.runtime import RunContext
 from loopgolf.scoring import BpbMeter, ByteCounter, Score, Scoring, SgdScorer, WindowScorer, build_scorer, score_tokens
 

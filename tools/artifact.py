@@ -21,8 +21,8 @@ import torch
 import train_gpt
 from data.shards import TokenStream
 from loopgolf.artifact import Artifact
-from loopgolf.quantize import RowGrid, compute_entropy
 from loopgolf.options import Parser
+from loopgolf.quantize import RowGrid, compute_entropy
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError
 from tools.plot import import_pyplot

@@ -22,8 +22,8 @@ from pathlib import Path
 from torch import Tensor
 
 import train_gpt
-from loopgolf.plan import parse_plan
 from loopgolf.options import Parser
+from loopgolf.plan import parse_plan
 from loopgolf.runtime import Log, run_program
 from loopgolf.scoring import BpbMeter, ByteCounter, Score, score_tokens
 from tools.lib.exits import EarlyExit

@@ -21,17 +21,18 @@ import torch
 
 import train_gpt
 from data.shards import TokenStream
-from loopgolf.artifact import Artifact
+from loopgolf.artifact import STREAMS, Artifact
 from loopgolf.errors import DataError
-from loopgolf.quantize import compute_entropy
 from loopgolf.options import Parser
+from loopgolf.params import collect_specs
+from loopgolf.quantize import compute_entropy
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError, read_log, read_result
 
 # colours that stay apart for colour-blind eyes (Okabe and Ito)
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#8A8A8A"
-STAGES = {"trained": "last weights", "averaged": "float latents", **{m: m for m in tuple(train_gpt.SCORERS)}}
+STAGES = {"trained": "last weights", "averaged": "master weights", **{mode: mode for mode in train_gpt.SCORERS}}
 PARTS = {"core": "shared matrices", "edge": "other matrices", "embed": "token embedding", "table": "tables",
          "vector": "vectors, steps"}  # fmt: skip
 
@@ -119,17 +120,19 @@ def load_run(folder: Path, color: str) -> Run:
 
 def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
     """Bytes of the file by part: a stream's bytes are shared out by the entropy of what lies in it."""
-    weights = {0: Counter(), 1: Counter()}
-    for entry in artifact.layout:
-        values = artifact.raw[entry["name"]]
-        if entry["scheme"] == "int":
-            weights[entry["stream"]][PARTS[model.role(entry["name"])]] += compute_entropy(values) * values.numel()
-        else:
-            weights[entry["stream"]][PARTS["vector"]] += values.numel()
-    found = Counter(code=code_bytes)
-    for stream, parts in weights.items():
+    specs = collect_specs(model)
+    weights: list[Counter[str]] = [Counter() for _ in STREAMS]
+    for name, described in artifact.layout.items():
+        for stored_name, tensor in described.stored(name).items():
+            values = artifact.raw[stored_name]
+            if tensor.dtype == torch.int8:
+                weights[0][PARTS[specs[name].role]] += compute_entropy(values) * values.numel()
+            else:
+                weights[1][PARTS["vector"]] += values.numel()
+    found: Counter[str] = Counter(code=code_bytes)
+    for stream, parts in zip(artifact.streams, weights):
         for part, weight in parts.items():
-            found[part] += artifact.streams[stream]["bytes"] * weight / sum(parts.values())
+            found[part] += stream.bytes * weight / sum(parts.values())
     found["header"] = artifact.size + code_bytes - sum(found.values())
     return dict(found.most_common())
 
@@ -149,7 +152,7 @@ def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
 
     length = config["seq_len"]
     tokens = torch.from_numpy(stream.read(0, min(4, stream.total // length) * length))
-    model(tokens.view(-1, length), watch=measure)
+    model.hidden(tokens.view(-1, length), on_pass=measure)
     return sizes
 
 

@@ -1,5 +1,5 @@
 """What a submission folder is: the tracks and their limits, the folder read into one value, and the numbers that
-submission.json and README.md must show, computed from the logs alone. tools.record builds from it, tools.submission.rules checks.
+submission.json and README.md must show, computed from the logs alone. tools.record builds from it, rules.py checks.
 """
 
 from __future__ import annotations
