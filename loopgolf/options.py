@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
@@ -128,10 +129,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def write_with_underscores(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, text = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + text
+    """An option with its dashes replaced; its value, and any other word, as it is."""
+    found = re.fullmatch(r"--([\w-]+)(=.*)?", word, re.DOTALL)
+    return f"--{found[1].replace('-', '_')}{found[2] or ''}" if found else word
 
 
 def split_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -11,9 +11,10 @@ from urllib.parse import unquote
 import torch
 
 import train_gpt
-from loopgolf.artifact import pack_artifact, quantize_weights
-from loopgolf.quantize import Grid
+from loopgolf.plan import ONCE, Depth
+from loopgolf.quantize import Format
 from loopgolf.runtime import Log, RunContext
+from loopgolf.state import MasterWeights, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -47,14 +48,24 @@ def tiny_model(config: train_gpt.Config, seed: int = 1) -> train_gpt.LoopedGPT:
     return model
 
 
-def plan_grids(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str, Grid | None]:
-    return train_gpt.build_grids(config, model, train_gpt.plan_k_scale(config, model))
+def plan_formats(config: train_gpt.Config, model: train_gpt.LoopedGPT) -> dict[str, Format]:
+    return train_gpt.build_formats(config, model, train_gpt.plan_k_scale(config, model))
 
 
-def pack_weights(config: train_gpt.Config, weights: dict, grids: dict, tokenizer: dict) -> bytes:
-    """An artifact of these weights, plainly rounded."""
-    bits = {name: grid.bits for name, grid in grids.items() if grid}
-    return pack_artifact(config.stored(), quantize_weights(weights, grids, {}), bits, tokenizer)
+def plain_state(model: train_gpt.LoopedGPT) -> TrainState:
+    """The state of training a model whose weights are not rounded."""
+    master = MasterWeights(dict(model.named_parameters()))
+    return TrainState(master, train_gpt.build_optimizers(model, master.weights, model.config, tiny_context()))
+
+
+def tiny_settings(lr_scale: float = 1.0, momentum: float = 0.9, depth: int = 1) -> train_gpt.Settings:
+    return train_gpt.Settings(lr_scale, momentum, at(depth), TINY["batch_tokens"], TINY["seq_len"])
+
+
+def pack_weights(config: train_gpt.Config, weights: dict, tokenizer: dict, hessians: dict | None = None) -> bytes:
+    """An artifact of these weights at the coarseness that the config plans."""
+    model = train_gpt.build_meta_model(config)
+    return train_gpt.encode_artifact(config, model, weights, plan_formats(config, model), hessians or {}, tokenizer)
 
 
 def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:
@@ -64,10 +75,15 @@ def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:
     with torch.no_grad():
         model.embed.weight.mul_(2.0)  # predictions that are far from uniform
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    content = pack_weights(config, weights, plan_grids(config, model), dict(sha256=digest, vocab=config.vocab_size))
+    content = pack_weights(config, weights, dict(sha256=digest, vocab=config.vocab_size))
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes)
     (folder / "artifact.lg").write_bytes(content)
     return folder / "artifact.lg"
+
+
+def at(depth: int) -> Depth:
+    """r repetitions; 0 stands for every group once, in tests only."""
+    return Depth(depth) if depth else ONCE
 
 
 def options(**settings) -> list[str]:

@@ -13,16 +13,15 @@ import struct
 import pytest
 import torch
 import zstandard
-from helpers import pack_weights, plan_grids, tiny_config, tiny_model
+from helpers import pack_weights, plan_formats, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from loopgolf.artifact import decompress, unpack_artifact
+from loopgolf.artifact import VERSION, decompress, unpack_artifact
 from loopgolf.errors import ArtifactError
-from loopgolf.quantize import dequantize_tensor, quantize_tensor
 from loopgolf.runtime import write_atomic
-from train_gpt import LoopedGPT, load_artifact, stored_shapes
+from train_gpt import LoopedGPT, describe_stored, load_artifact
 
 TOKENIZER = dict(sha256="0" * 64, vocab=384)
 CONFIG = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, plan="a(^b)*2")
@@ -35,7 +34,7 @@ def model() -> LoopedGPT:
 
 @pytest.fixture(scope="module")
 def content(model) -> bytes:
-    return pack_weights(CONFIG, model.state_dict(), plan_grids(CONFIG, model), TOKENIZER)
+    return pack_weights(CONFIG, model.state_dict(), TOKENIZER)
 
 
 def split(content: bytes) -> tuple[dict, list[bytes]]:
@@ -51,7 +50,7 @@ def split(content: bytes) -> tuple[dict, list[bytes]]:
 
 def seal(header: dict | bytes, streams: list[bytes]) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    body = b"LOOPGOLF" + struct.pack("<II", 2, len(raw)) + raw + b"".join(streams)
+    body = b"LOOPGOLF" + struct.pack("<II", VERSION, len(raw)) + raw + b"".join(streams)
     return body + hashlib.sha256(body).digest()
 
 
@@ -76,25 +75,24 @@ def repack(content: bytes, index: int, change) -> bytes:
 
 def refuse(content: bytes) -> str:
     with pytest.raises(ArtifactError) as error:
-        unpack_artifact(content, stored_shapes)
+        unpack_artifact(content, describe_stored)
     assert str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1500
     return str(error.value)
 
 
 def test_tensors_come_back_exactly(model, content):
-    artifact, found = unpack_artifact(content, stored_shapes), plan_grids(CONFIG, model)
+    artifact, found = unpack_artifact(content, describe_stored), plan_formats(CONFIG, model)
     assert artifact.stored == CONFIG.stored() and artifact.tokenizer == TOKENIZER
     assert artifact.size == len(content) and artifact.sha256 == hashlib.sha256(content).hexdigest()
     assert list(artifact.tensors) == [n for n, _ in model.named_parameters()]
     for name, p in model.state_dict().items():
-        grid = found[name]
-        expected = p.half() if grid is None else dequantize_tensor(*quantize_tensor(p, grid))
+        expected = found[name].dequantize(found[name].quantize(p))
         assert torch.equal(artifact.tensors[name], expected), name
     LoopedGPT(train_gpt.config_from_stored(artifact.stored)).load_state_dict(artifact.tensors)
 
 
 def test_the_same_weights_give_the_same_bytes(model, content):
-    again = pack_weights(CONFIG, model.state_dict(), plan_grids(CONFIG, model), TOKENIZER)
+    again = pack_weights(CONFIG, model.state_dict(), TOKENIZER)
     assert again == content
 
 
@@ -115,7 +113,7 @@ def test_layout(model, content):
 
 def test_the_header_is_in_the_order_of_the_model_whatever_the_order_of_the_weights(model, content):
     shuffled = dict(reversed(model.state_dict().items()))
-    assert pack_weights(CONFIG, shuffled, plan_grids(CONFIG, model), TOKENIZER) == content
+    assert pack_weights(CONFIG, shuffled, TOKENIZER) == content
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 15, 16, 40, 47, 48, 500, -1, -33])
@@ -206,26 +204,26 @@ def test_missing_and_extra_parts(content):
 
 def test_bits_that_are_not_the_ones_of_the_codes(content):
     def narrow(header):
-        entry = next(e for e in header["tensors"] if e["name"] == "blocks.a.up.weight")
+        entry = next(e for e in header["tensors"] if e["name"] == "blocks.a.mlp.up.weight")
         entry["bits"] = 3
 
-    assert "blocks.a.up.weight" in refuse(reseal(content, narrow))
+    assert "blocks.a.mlp.up.weight" in refuse(reseal(content, narrow))
     for bits in (0, 1, 9, -6, 10**20):
         def change(header, bits=bits):
-            next(e for e in header["tensors"] if e["name"] == "blocks.a.up.weight")["bits"] = bits
+            next(e for e in header["tensors"] if e["name"] == "blocks.a.mlp.up.weight")["bits"] = bits
 
         refuse(reseal(content, change))
 
 
 def test_codes_beyond_their_bits(content):
-    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == "blocks.b.down.weight")
+    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == "blocks.b.mlp.down.weight")
     for code in (-32, 32, -128, 127):
         change = lambda raw, code=code: raw.__setitem__(entry["offset"] + 3, code % 256)
-        assert "blocks.b.down.weight" in refuse(repack(content, entry["stream"], change))
+        assert "blocks.b.mlp.down.weight" in refuse(repack(content, entry["stream"], change))
 
 
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00])
-@pytest.mark.parametrize("name", ["blocks.a.up.weight.step", "mixes"])
+@pytest.mark.parametrize("name", ["blocks.a.mlp.up.weight.step", "mixes"])
 def test_values_that_are_not_finite(content, name, bits):
     entry = next(e for e in split(content)[0]["tensors"] if e["name"] == name)
 
@@ -290,7 +288,7 @@ def test_random_changes_to_the_header_never_crash(content, data):
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     at[key] = data.draw(leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2))
     try:
-        unpack_artifact(seal(header, split(content)[1]), stored_shapes)
+        unpack_artifact(seal(header, split(content)[1]), describe_stored)
     except ArtifactError:
         pass
 

@@ -12,17 +12,17 @@ import resource
 from collections import Counter
 
 import pytest
-from helpers import pack_weights, plan_grids, tiny_config, tiny_model
+from helpers import pack_weights, tiny_config, tiny_model
 from test_artifact import TOKENIZER, seal, split
 
 from loopgolf.artifact import unpack_artifact
 from loopgolf.errors import ArtifactError
-from train_gpt import stored_shapes
+from train_gpt import describe_stored
 
 MUTATIONS = int(os.environ.get("LOOPGOLF_FUZZ", "2000"))
 ODD_VALUES = (
     None, True, -1, 0, 1, 3, 255, 65536, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "abc" * 50, [], {}, [1], "zstd",
-    "rans", "(a)*256", "((((a)*9)*9)*9)*9", "blocks.a.up.weight", "..", "__import__('os')",
+    "rans", "(a)*256", "((((a)*9)*9)*9)*9", "blocks.a.mlp.up.weight", "..", "__import__('os')",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def contents() -> list[bytes]:
     for changes in (dict(model_dim=8, rope_dims=2), dict(model_dim=16, rope_dims=4, bigram_buckets=2048, bigram_dim=8)):
         config = tiny_config(plan="(ab)*2", num_heads=2, num_kv_heads=1, k_scale=0.8, **changes)
         model = tiny_model(config)
-        made.append(pack_weights(config, model.state_dict(), plan_grids(config, model), TOKENIZER))
+        made.append(pack_weights(config, model.state_dict(), TOKENIZER))
     return made
 
 
@@ -104,7 +104,7 @@ def test_damage_is_an_error_or_loads_within_bounds(contents):
         else:
             damaged = seal(*damage_streams(header, streams, draw))
         try:
-            artifact = unpack_artifact(damaged, stored_shapes)
+            artifact = unpack_artifact(damaged, describe_stored)
         except ArtifactError as error:
             assert "\n" not in str(error)
             counts["refused, sealed" if number % 2 == 0 else "refused"] += 1

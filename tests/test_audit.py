@@ -11,15 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import pack_weights, plan_grids, tiny_config, tiny_context, tiny_model
+from helpers import pack_weights, tiny_config, tiny_context, tiny_model
 
 import loopgolf.moe
 import train_gpt
 from data.shards import TokenStream
 from kernels.attention import attend
-from loopgolf.scoring import ByteCounter, LoraScorer, SgdScorer, Window, WindowScorer, build_scorer
+from loopgolf.adapting import LoraScorer, SgdScorer
+from loopgolf.scoring import ByteCounter, Window, WindowScorer
 from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
-from train_gpt import LoopedGPT
+from train_gpt import LoopedGPT, build_scorer
 
 PROBES = 6
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, ttt_clip=5.0, lora_chunk=16, lora_lr=0.3, score_batch=2)
@@ -408,7 +409,7 @@ def packed(dataset) -> bytes:
     model = tiny_model(config)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     _, sha256 = train_gpt.load_tokenizer(config)
-    return pack_weights(config, weights, plan_grids(config, model), dict(sha256=sha256, vocab=384))
+    return pack_weights(config, weights, dict(sha256=sha256, vocab=384))
 
 
 @pytest.fixture

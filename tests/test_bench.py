@@ -38,9 +38,10 @@ def test_a_step_does_what_that_of_a_run_does(tmp_path):
     parts, whole = (bench.Case([*SMALL[1:], "--micro_batch=1"], tmp_path) for _ in "ab")
     parts.step()
     config, ctx = whole.config, whole.ctx
-    batch, settings = train_gpt.load_batch(whole.stream, 0, config, ctx), train_gpt.settings_at(config, 0.5)
+    settings = train_gpt.settings_at(config, 0.5, 0)
+    batch = train_gpt.load_batch(whole.stream, 0, settings, ctx)
     before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
-    train_gpt.train_step(whole.model, whole.optim, batch, settings, ctx)
+    train_gpt.train_step(whole.model, whole.state, batch, settings, ctx)
     after = dict(parts.model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in whole.model.named_parameters())
     assert not torch.equal(after["embed.weight"], before["embed.weight"])

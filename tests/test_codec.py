@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from data.tokenizer import LETTERS_OF_NOBODY, encode_document, train_tokenizer
-from loopgolf.scoring import BpbMeter, ByteCounter, build_scorer
+from loopgolf.scoring import BpbMeter, ByteCounter
 from tools import codec
 from tools.lib.predictor import Predictor, Speller, load_predictor
+from train_gpt import build_scorer
 
 MODES = ("plain", "sliding", "banded", "sgd", "lora")
 ADAPT = dict(ttt_chunk=64, ttt_lr=0.5, lora_lr=0.3, band=24)

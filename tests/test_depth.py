@@ -1,6 +1,7 @@
 """Depth at test time and plans side by side: tools.depth and tools.sweep, on artifacts that take seconds to make."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,11 @@ def report(artifact, dataset) -> depth.Report:
 def load(artifact: Path, dataset: Path, score_depth: int) -> tuple[train_gpt.LoopedGPT, RunContext]:
     """The model as a run would score it."""
     found = train_gpt.load_artifact(artifact)
-    config = train_gpt.Config(**found.stored | dict(score_depth=score_depth), batch_tokens=32, data_path=str(dataset),
-                              score_tokens=TOKENS, compile="none")  # fmt: skip
+    stored = train_gpt.config_from_stored(found.stored)
+    here = dict(score_depth=score_depth, data_path=str(dataset), score_tokens=TOKENS, compile="none")
+    config = replace(stored, **here)
     ctx = train_gpt.build_context(config, {})
-    model = train_gpt.build_model(config, ctx)
-    model.load_state_dict(found.tensors)
-    return model, ctx
+    return train_gpt.load_eval_model(found, config, ctx), ctx
 
 
 def by_exit(report: depth.Report) -> dict:
@@ -52,7 +52,7 @@ def test_each_depth_is_scored_as_a_run_would_score_it(report, artifact, dataset)
     for point in fixed:
         model, ctx = load(artifact, dataset, 0 if point.r == 3 else point.r)  # 0: the depth of the plan
         config = model.config
-        found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx))
+        found = train_gpt.evaluate("plain", model, config, ctx, train_gpt.load_validation(config, ctx)).score
         assert (point.val_bpb, report.tokens, report.bytes) == (found.bpb, TOKENS - 1, found.bytes)
         assert point.mean_depth == point.r and point.seconds > 0
     assert len({point.val_bpb for point in fixed}) == 3
@@ -81,7 +81,7 @@ def test_only_scored_positions_count(report, artifact, dataset):
     for window in tokens[:-1].split(32):
         early = EarlyExit(0.9)
         with torch.no_grad():
-            model(window[None], watch=early)
+            model.hidden(window[None], on_pass=early)
         total += int(early.depths.sum())
     assert by_exit(report)[0.9].mean_depth == pytest.approx(total / (TOKENS - 1))
 

@@ -17,7 +17,7 @@ import sys, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("made_up")
 import train_gpt
-from train_gpt import Config, Latents, Optimizers, RunContext, Settings
+from train_gpt import Config, RunContext, Settings
 from tests.test_devices import RECIPES, SIZE
 
 device = torch.device("made_up:0")
@@ -29,13 +29,12 @@ for recipe in RECIPES:
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             model = train_gpt.LoopedGPT(config, ctx.dtype)
-        latents = Latents(model, train_gpt.build_grids(config, model, 1.0))
-        optim = Optimizers(model, latents, config, ctx)
-        latents.publish()
+        state = train_gpt.build_state(config, ctx, model, 1.0)
         batch = torch.zeros(2, 4, 64, dtype=torch.long, device=device)
-        loss = train_gpt.train_step(model, optim, batch, Settings(1.0, 0.9, config.depth), ctx)
-        assert loss.device == device and all(w.device == device for w in latents.weights.values())
-        train_gpt.WeightAverage(config).update(latents.weights, 0, 1.0)
+        settings = Settings(1.0, 0.9, train_gpt.Depth(config.depth), 256, 64)
+        loss = train_gpt.train_step(model, state, batch, settings, ctx)
+        assert loss.device == device and all(w.device == device for w in state.master.weights.values())
+        state.update_average(0, 1.0)
         tokens = torch.zeros(300, dtype=torch.long)
         for mode in ("banded", "lora"):
             scorer = train_gpt.build_scorer(mode, model, config, ctx)

@@ -15,7 +15,7 @@ from itertools import islice
 
 import pytest
 import torch
-from helpers import events, options, tiny_config, tiny_context, tiny_model
+from helpers import at, events, options, plain_state, tiny_config, tiny_context, tiny_model, tiny_settings
 from test_model import draw_tokens, norm, states_one_by_one
 
 import train_gpt
@@ -23,13 +23,13 @@ from data.shards import TokenStream
 from loopgolf.cache import Cache
 from loopgolf.coder import decode_matrices
 from loopgolf.errors import ConfigError
-from loopgolf.plan import Group, parse_plan
-from loopgolf.quantize import Latents
+from loopgolf.params import collect_specs, start_weights
+from loopgolf.plan import ONCE, Depth, Group, parse_plan
 from loopgolf.scoring import BpbMeter
 from tools import audit, sample
 from tools.lib.exits import EarlyExit
 from tools.lib.predictor import Predictor, load_predictor
-from train_gpt import RECIPES, Config, Lion, compute_flops, expect_depth, settings_at
+from train_gpt import RECIPES, Config, Lion, compute_flops, expect_repetitions, settings_at
 
 LOOP = dict(plan="ab(^cd)*re", skips="none", depth=2)
 COUNTS = {
@@ -158,30 +158,30 @@ def test_options_do_what_their_equations_say(changes, depth):
     config = tiny_config(**dict(seq_len=16, stride=8, batch_tokens=128) | changes)
     model, tokens = tiny_model(config), draw_tokens(config, 14)
     with torch.no_grad():
-        found = model(tokens[None], depth)[0]
-    torch.testing.assert_close(found, states_one_by_one(model, tokens, depth), atol=5e-5, rtol=0)
+        found = model.hidden(tokens[None], at(depth))[0]
+    torch.testing.assert_close(found, states_one_by_one(model, tokens, at(depth)), atol=5e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_head_of_its_own_and_logits_without_a_cap():
     config = tiny_config(tied=False, softcap=0.0)
     model, tokens = tiny_model(config), draw_tokens(config, 9)
-    x = model(tokens[None])
+    x = model.hidden(tokens[None])
     assert torch.equal(model.logits(x), x @ model.unembed.weight.T)
     expected = -model.logits(x)[0, :-1].log_softmax(-1)[range(8), tokens[1:]].mean()
-    torch.testing.assert_close(model.loss(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
-    assert (model.role("unembed.weight"), model.kind("unembed.weight")) == ("embed", "table")
+    torch.testing.assert_close(model(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
+    assert (collect_specs(model)["unembed.weight"].role, collect_specs(model)["unembed.weight"].group) == ("embed", "table")
 
 
 def test_fresh_adapters_and_norms_change_nothing():
     plain = tiny_config(plan="(ab~)*2")
     config = tiny_config(plan="(ab~)*2", adapter_rank=3, norm_weights=True)
     model, tokens = train_gpt.LoopedGPT(config), draw_tokens(config, 12)[None]
-    model.init_weights(1)
+    start_weights(model, 1)
     bare = train_gpt.LoopedGPT(plain)
     bare.load_state_dict({n: p for n, p in model.state_dict().items() if n in bare.state_dict()})
-    assert torch.equal(model(tokens), bare(tokens))
-    assert model.adapters[:, 0].std() > 0.005 and not model.adapters[:, 1].any()
+    assert torch.equal(model.hidden(tokens), bare.hidden(tokens))
+    assert model.passes.adapters[:, 0].std() > 0.005 and not model.passes.adapters[:, 1].any()
 
 
 # Depth in training
@@ -206,11 +206,11 @@ def test_the_mean_depth_is_that_of_the_distribution(depth, max_r):
     """max_r is at least depth, so 0 cuts there."""
     config = tiny_config(**LOOP | dict(depth=depth, max_r=max_r, sample_depth=True))
     max_r = max(max_r, depth)
-    assert expect_depth(config) == pytest.approx(mean_by_quadrature(config, max_r), abs=0.02)
-    assert expect_depth(config, 2) == pytest.approx(mean_by_quadrature(config, min(2, max_r)), abs=0.02)
-    drawn = [settings_at(config, 0.5, step).depth for step in range(4000)]
+    assert expect_repetitions(config) == pytest.approx(mean_by_quadrature(config, max_r), abs=0.02)
+    assert expect_repetitions(config, 2) == pytest.approx(mean_by_quadrature(config, min(2, max_r)), abs=0.02)
+    drawn = [settings_at(config, 0.5, step).depth.r for step in range(4000)]
     assert min(drawn) == 1 and max(drawn) <= max_r
-    assert sum(drawn) / 4000 == pytest.approx(expect_depth(config), abs=0.15)
+    assert sum(drawn) / 4000 == pytest.approx(expect_repetitions(config), abs=0.15)
 
 
 def test_ranks_and_resumed_runs_draw_the_same_depth():
@@ -218,13 +218,13 @@ def test_ranks_and_resumed_runs_draw_the_same_depth():
 
     def draw(config, steps):
         torch.manual_seed(len(steps))
-        return [settings_at(config, 0.5, step).depth for step in steps]
+        return [settings_at(config, 0.5, step).depth.r for step in steps]
 
     assert draw(config, range(30)) == draw(config, range(10)) + draw(config, range(10, 30))
     assert draw(config, range(30)) != draw(tiny_config(**LOOP, max_r=9, sample_depth=True, seed=4), range(30))
-    assert settings_at(tiny_config(**LOOP, max_r=9), 0.5, 7).depth == 2
+    assert settings_at(tiny_config(**LOOP, max_r=9), 0.5, 7).depth == Depth(2)
     late = tiny_config(**LOOP, max_r=9, sample_depth=True, loop_start=0.6)
-    assert settings_at(late, 0.5, 3).depth == 0 < settings_at(late, 0.7, 3).depth
+    assert settings_at(late, 0.5, 3).depth == ONCE and settings_at(late, 0.7, 3).depth.loops
 
 
 @pytest.mark.parametrize("changes, name", [
@@ -241,16 +241,16 @@ def test_settings_that_cannot_work_are_refused(changes, name):
 def test_rows_beyond_the_trained_depth_belong_to_deeper_repetitions():
     config = tiny_config(plan="a(b)*rc", skips="none", depth=2, max_r=4, ve_passes="none")
     model, tokens = tiny_model(config), draw_tokens(config, 12)[None]
-    assert len(model.mixes) == 6
+    assert len(model.passes.mixes) == 6
     plain = tiny_model(tiny_config(plan="abbbc", skips="none", ve_passes="none"))
     rows = [0, 1, 2, 3, 5]
-    plain.load_state_dict({n: p[rows] if n in ("mixes", "scales") else p for n, p in model.state_dict().items()})
-    assert torch.equal(model(tokens, 3), plain(tokens))
+    plain.load_state_dict({n: p[rows] if n in ("passes.mixes", "passes.scales") else p for n, p in model.state_dict().items()})
+    assert torch.equal(model.hidden(tokens, Depth(3)), plain.hidden(tokens))
 
 
 def gradients(model, tokens, **kwargs) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    states = model(tokens, **kwargs)
+    states = model.hidden(tokens, **kwargs)
     torch.nn.functional.cross_entropy(model.logits(states)[0, :-1], tokens[0, 1:]).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -263,15 +263,15 @@ def test_truncated_gradients_are_those_of_a_detached_state(plan, k, depth):
     cut, whole = tiny_model(tiny_config(**changes, bptt=k)), tiny_model(tiny_config(**changes))
 
     def detach(p, x):
-        return x.detach() if p.ends and p.left >= k else x
+        return x.detach() if p.ends and p.repetitions_left is not None and p.repetitions_left >= k else x
 
-    found, expected = gradients(cut, tokens, depth=depth), gradients(whole, tokens, depth=depth, watch=detach)
+    found, expected = gradients(cut, tokens, depth=Depth(depth)), gradients(whole, tokens, depth=Depth(depth), on_pass=detach)
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
-    full = gradients(whole, tokens, depth=depth)
-    differs = (full["blocks.c.up.weight"] - found["blocks.c.up.weight"]).abs().max() > 1e-4
-    assert differs == (depth > k) and torch.equal(cut(tokens, depth), whole(tokens, depth))
+    full = gradients(whole, tokens, depth=Depth(depth))
+    differs = (full["blocks.c.mlp.up.weight"] - found["blocks.c.mlp.up.weight"]).abs().max() > 1e-4
+    assert differs == (depth > k) and torch.equal(cut.hidden(tokens, at(depth)), whole.hidden(tokens, at(depth)))
 
 
 def test_repetitions_without_gradient_keep_no_memory():
@@ -280,7 +280,7 @@ def test_repetitions_without_gradient_keep_no_memory():
     def count_saved(bptt: int, depth: int) -> int:
         model, kept = tiny_model(tiny_config(**LOOP, max_r=8, bptt=bptt, ve_passes="none")), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda _: None):
-            model(tokens, depth)
+            model.hidden(tokens, at(depth))
         return sum(kept)
 
     assert count_saved(1, 8) == count_saved(1, 2) < count_saved(0, 3) < count_saved(0, 8)
@@ -304,7 +304,7 @@ def test_operations_follow_the_mean_depth():
 
 def test_lion_moves_by_the_sign_of_its_mix():
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    lion = Lion([dict(params=[weight], lr=0.1, weight_decay=0.5)], dict(betas=(0.9, 0.99)))
+    lion = Lion([dict(params=[weight], lr=0.1, weight_decay=0.5)], (0.9, 0.99))
     w, m = weight.detach().clone(), torch.zeros(3)
     for grad in ([1.0, -1.0, 0.0], [-0.5, 2.0, 0.1], [-3.0, 0.0, -0.1]):
         weight.grad = g = torch.tensor(grad)
@@ -316,25 +316,23 @@ def test_lion_moves_by_the_sign_of_its_mix():
 
 def test_lion_takes_all_parameters_and_continues():
     def build():
-        config = tiny_config(optimizer="lion", beta2=0.99)
-        model = tiny_model(config)
-        latents = Latents(model)
-        return latents, train_gpt.Optimizers(model, latents, config, tiny_context())
+        return plain_state(tiny_model(tiny_config(optimizer="lion", beta2=0.99)))
 
-    def advance(latents, optim, seed):
+    def advance(state, seed):
         generator = torch.Generator().manual_seed(seed)
-        latents.flat_grad.copy_(torch.randn(latents.flat_grad.shape, generator=generator))
-        optim.step(train_gpt.Settings(1.0, 0.9, 1))
+        flat_grad = state.master.flat_grad
+        flat_grad.copy_(torch.randn(flat_grad.shape, generator=generator))
+        state.step(1.0, 0.9)
 
-    latents, optim = build()
-    held = [p for group in optim.all["lion"].param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, latents.weights.values()))
-    advance(latents, optim, 0)
-    again, other = build()
-    other.load(copy.deepcopy(optim.state()))
-    for both in ((latents, optim), (again, other)):
-        advance(*both, 1)
-    assert all(torch.equal(w, again.weights[n]) for n, w in latents.weights.items())
+    state = build()
+    held = [p for group in state.optimizers["lion"].param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, state.master.weights.values()))
+    advance(state, 0)
+    again = build()
+    again.load_state_dict(copy.deepcopy(state.state_dict()))
+    for either in (state, again):
+        advance(either, 1)
+    assert all(torch.equal(w, again.master.weights[n]) for n, w in state.master.weights.items())
 
 
 # Depth at test time
@@ -344,7 +342,7 @@ def test_lion_takes_all_parameters_and_continues():
 def test_scoring_takes_the_depth_of_the_config():
     config = tiny_config(**LOOP, score_depth=5)
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
-    assert torch.equal(model(tokens), model(tokens, 5)) and not torch.equal(model(tokens), model(tokens, 2))
+    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(5))) and not torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(2)))
     assert "score_depth" in config.stored()
 
 
@@ -356,17 +354,17 @@ def test_early_exit_spans_from_two_repetitions_to_all(plan):
     depths = {}
     for tau in (0.0, 0.4, 0.6, 1.0, math.inf):
         early = EarlyExit(tau)
-        depths[tau], states = early, model(tokens, 6, watch=early)
+        depths[tau], states = early, model.hidden(tokens, Depth(6), on_pass=early)
         assert 2 <= early.mean_depth <= 6 and early.positions == 60
         if tau == 0:
-            torch.testing.assert_close(states, model(tokens, 6))
+            torch.testing.assert_close(states, model.hidden(tokens, Depth(6)))
         if tau == math.inf:
-            torch.testing.assert_close(states, model(tokens, 2))
+            torch.testing.assert_close(states, model.hidden(tokens, Depth(2)))
     means = [early.mean_depth for early in depths.values()]
     assert means == sorted(means, reverse=True) and means[0] == 6 and means[-1] == 2 and len(set(means)) > 2
     early = EarlyExit(math.inf)
     for _ in range(2):
-        model(tokens, 4, Cache(8), watch=early)
+        model.hidden(tokens, Depth(4), Cache(8), on_pass=early)
     assert early.mean_depth == 2 and early.positions == 120
 
 
@@ -382,7 +380,7 @@ def test_positions_leave_when_their_own_change_is_small():
             seen.append(x[0])
         return x
 
-    model(tokens, 5, watch=both)
+    model.hidden(tokens, Depth(5), on_pass=both)
     changes = torch.stack([(b - a).norm(dim=-1) / b.norm(dim=-1) for a, b in itertools.pairwise(seen)])
     left = torch.ones(20)
     for t in range(20):
@@ -405,8 +403,8 @@ def test_cached_generation_equals_one_forward_where_all_keys_are_kept(repetition
     config = tiny_config(**LOOP)
     model, tokens = tiny_model(config), draw_tokens(config, 24)[None]
     cache = Cache(config.seq_len, repetitions)
-    found = torch.cat([model(piece, depth, cache) for piece in tokens.split([9, 1, 1, 13], 1)], 1)
-    whole = model(tokens, depth)
+    found = torch.cat([model.hidden(piece, at(depth), cache) for piece in tokens.split([9, 1, 1, 13], 1)], 1)
+    whole = model.hidden(tokens, at(depth))
     torch.testing.assert_close(found[:, :9], whole[:, :9], atol=1e-5, rtol=0)
     assert torch.allclose(found, whole, atol=1e-5) == is_equal
     assert len(cache.kept) == 3 + 2 * min(repetitions, depth) and cache.length == 24
@@ -418,7 +416,7 @@ def test_a_shared_slot_holds_the_last_repetition():
     model, tokens = tiny_model(config), draw_tokens(config, 10)[None]
     every, last = Cache(config.seq_len), Cache(config.seq_len, 1)
     for cache in (every, last):
-        model(tokens, 3, cache)
+        model.hidden(tokens, Depth(3), cache)
     keys = [torch.cat(pair, -1) for pair in every.kept.values()]
     for kept, index in zip(last.kept.values(), (0, 1, 6, 7, 8)):
         assert torch.equal(torch.cat(kept, -1), keys[index])
@@ -432,11 +430,11 @@ def test_telemetry_measures_repetitions_before_the_norm(dataset, capsys):
     train_gpt.log_telemetry(model, 7, stream, ctx)
     (line,) = events(capsys.readouterr().out, "telemetry")
     assert line["step"] == "7" and re.fullmatch(r"\d+\.\d{3}(,\d+\.\d{3}){2}", line["rms"])
-    tokens, rms = train_gpt.load_batch(stream, 0, config, ctx)[0][:1], []
-    model(tokens, watch=lambda p, x: rms.append(x) or x)
+    tokens, rms = torch.from_numpy(stream.read(0, config.seq_len))[None], []
+    model.hidden(tokens, on_pass=lambda p, x: rms.append(x) or x)
     expected = [x.square().mean().sqrt().item() for x in rms[1::2]]
     assert [float(v) for v in line["rms"].split(",")] == pytest.approx(expected, abs=1e-3)
-    ups = [model.adapters[i, 1].flatten() for i in range(6)]
+    ups = [model.passes.adapters[i, 1].flatten() for i in range(6)]
     cosines = [(ups[0] @ up / ups[0].norm() / up.norm()).item() for up in ups[1:]]
     assert [float(v) for v in line["adapter_cosines"].split(",")] == pytest.approx(cosines, abs=1e-3)
     assert norm(rms[1]).square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
@@ -461,14 +459,13 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     config = tiny_config(**LOOP | dict(sample_depth=True, max_r=8, bptt=2, loop_start=0.5, xsa_passes="none") | changes)
     plain, model = tiny_model(config), train_gpt.LoopedGPT(config, compile_mode="block")
     model.load_state_dict(plain.state_dict())
-    latents = Latents(model)
-    optim, ctx = train_gpt.Optimizers(model, latents, config, tiny_context()), tiny_context()
-    train_gpt.warm_up(model, optim, config, ctx)
+    state, ctx = plain_state(model), tiny_context()
+    train_gpt.warm_up(model, state, config, ctx)
     warm = graphs()
-    batch = train_gpt.split_span(draw_tokens(config, 129), config, ctx)
+    batch = train_gpt.split_tokens(draw_tokens(config, 129), config.seq_len, ctx)
     for depth in range(9):
-        assert torch.allclose(model(batch[0], depth), plain(batch[0], depth), atol=1e-4)
-        train_gpt.train_step(model, optim, batch, train_gpt.Settings(0.0, 0.9, depth), ctx)
+        assert torch.allclose(model.hidden(batch[0], at(depth)), plain.hidden(batch[0], at(depth)), atol=1e-4)
+        train_gpt.train_step(model, state, batch, tiny_settings(0.0, depth=depth), ctx)
     assert graphs() == warm > 0
 
 

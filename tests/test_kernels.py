@@ -25,7 +25,7 @@ import kernels.newton_schulz as newton_schulz
 import tools.pack
 import tools.submission.script
 from kernels import rounding
-from loopgolf.quantize import Grid, dequantize_tensor, quantize_tensor
+from kernels.rounding import dequantize_rows, quantize_rows
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
@@ -164,13 +164,13 @@ def test_torch_compile_takes_them_without_a_graph_break():
 @pytest.mark.parametrize("rows, columns", [(8, 64), (5, 130), (3, 1), (2, 2048)])
 @pytest.mark.parametrize("bits, k", [(6, 12.85), (8, 20.0), (2, 1.0)])
 def test_rounding_is_that_of_the_exporter(rows, columns, bits, k):
-    grid = Grid(bits, k)
+    largest = 2 ** (bits - 1) - 1
     weight = draw(rows, columns) * draw(rows, 1, seed=1).exp()
     weight[0] = 0
     weight[-1] *= 1e9  # its step would pass the largest float16
     found = torch.empty_like(weight)
-    rounding.round_to_grid_triton(weight, found, grid.largest, grid.k)
-    assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)))
+    rounding.round_to_grid_triton(weight, found, largest, k)
+    assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)))
 
 
 @needs_triton
@@ -179,22 +179,22 @@ def test_rounding_sends_ties_to_the_even_code():
     """The middle between two codes: with k at the largest code the step is the spread, here 1."""
     weight = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.5, -0.5] + [1.0] * 4])
     weight[0, 6:] = ((10 - weight[0, :6].square().sum()) / 4).sqrt()
-    grid = Grid(6, 31.0)
-    assert quantize_tensor(weight, grid)[1].item() == 1.0
+    largest, k = 31, 31.0
+    assert quantize_rows(weight, largest, k)[1].item() == 1.0
     found = torch.empty_like(weight)
-    rounding.round_to_grid_triton(weight, found, grid.largest, grid.k)
+    rounding.round_to_grid_triton(weight, found, largest, k)
     assert found[0, :6].tolist() == [0, 0, 2, -2, 0, 0]
 
 
 @outside
 @pytest.mark.parametrize("bits, k", [(6, 12.85), (8, 20.0)])
 def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
-    grid, weight = Grid(bits, k), draw(40, 33)
+    largest, weight = 2 ** (bits - 1) - 1, draw(40, 33)
     weight[3] = 0
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(weight.shape, dtype=dtype)
-        rounding.round_to_grid(weight, found, grid.largest, grid.k)
-        assert torch.equal(found, dequantize_tensor(*quantize_tensor(weight, grid)).to(dtype))
+        rounding.round_to_grid(weight, found, largest, k)
+        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)).to(dtype))
 
 
 @outside

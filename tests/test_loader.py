@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.shards import TokenStream, write_shard
 from loopgolf.errors import DataError
-from train_gpt import load_batch
+from train_gpt import load_batch, settings_at
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def test_a_stream_is_one_row_that_repeats(counting, start, count):
 def test_ranks_share_a_batch_without_overlap(counting, world, step):
     config = tiny_config(data_path=str(counting), vocab_size=1000)
     stream = TokenStream(str(counting), "train", 1000)
-    parts = [load_batch(stream, step, config, tiny_context(rank, world)) for rank in range(world)]
+    settings = settings_at(config, 0.5, step)
+    parts = [load_batch(stream, 128 * step, settings, tiny_context(rank, world)) for rank in range(world)]
     inputs, targets = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     expected = (torch.arange(129) + 128 * step) % 1000
     assert all(x.shape == (4 // world, 32) for x, _ in parts)

@@ -11,13 +11,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_config, tiny_model
+from helpers import at, tiny_config, tiny_model
 from torch import Tensor
 
 from kernels.attention import attend_fused, attend_in_blocks
 from kernels.head import softcap_logits
 from loopgolf.cache import Cache
-from train_gpt import RECIPES, Config, LoopedGPT, Reach
+from loopgolf.params import collect_specs, start_weights
+from loopgolf.plan import Depth
+from train_gpt import RECIPES, Config, LoopedGPT, PassRow, Stream
 
 
 def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -57,7 +59,7 @@ def rotate_one(x: Tensor, position: int, config: Config) -> Tensor:
 def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | None, is_xsa: bool) -> Tensor:
     config, block = model.config, model.blocks[letter]
     K, H, J = config.head_width, config.num_heads, config.num_kv_heads
-    qkv, unit = x @ block.qkv.weight.T, norm if config.qk_norm else torch.clone
+    qkv, unit = x @ block.attention.qkv.weight.T, norm if config.qk_norm else torch.clone
     kinds = config.windows or "L"
     reach = config.seq_len // (2 if kinds[model.plan.names.index(letter) % len(kinds)] == "S" else 1)
     q, k, v = qkv[:, : H * K], qkv[:, H * K : (H + J) * K], qkv[:, (H + J) * K :]
@@ -68,13 +70,13 @@ def attend_one_by_one(model: LoopedGPT, letter: str, x: Tensor, value: Tensor | 
         theirs = slice(j * K, j * K + K)
         keys = [rotate_one(unit(row), t, config) for t, row in enumerate(k[:, theirs])]
         for t in range(len(x)):
-            query = rotate_one(unit(q[t, mine]), t, config) * (block.q_gain[h] if config.q_gain else 1)
+            query = rotate_one(unit(q[t, mine]), t, config) * (block.attention.q_gain[h] if config.q_gain else 1)
             seen = slice(max(0, t + 1 - reach), t + 1)
             chances = torch.stack([query @ key / math.sqrt(K) for key in keys[seen]]).softmax(0)
             y = sum(chance * row for chance, row in zip(chances, v[seen, theirs]))
             own = v[t, theirs] / v[t, theirs].norm()
             out[t, mine] = y - (y @ own) * own if is_xsa else y
-    return out @ block.out.weight.T
+    return out @ block.attention.out.weight.T
 
 
 def mix_one_by_one(w: dict[str, Tensor], top: int, loop: int, h: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def mix_one_by_one(w: dict[str, Tensor], top: int, loop: int, h: Tensor) -> Tens
 
 
 @torch.no_grad()
-def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
+def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: Depth) -> Tensor:
     """(T,) tokens to (T, D) states: the passes written out, with the table rows that the plan names."""
     config, w = model.config, dict(model.named_parameters())
     passes = model.plan.passes(depth, config.rows)
@@ -113,31 +115,35 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: int) -> Tensor:
             both = torch.cat((entered[group], x), -1)
             x = x + entered[group] if config.inject == "add" else both @ w[f"inject.{group}.weight"].T
         if half <= index < 2 * half:
-            x = x + w["skips"][len(pushed) - 1] * pushed.pop()
+            x = x + w["passes.skips"][len(pushed) - 1] * pushed.pop()
         letter, block = model.plan.names[p.block], model.blocks[model.plan.names[p.block]]
-        mix, scale = (w["mixes"][p.slot], w["scales"][p.slot]) if config.pass_scales else ((1, 0), (1, 1))
-        n = w.get(f"blocks.{letter}.norms", [1.0] * 4)
-        after = (lambda x, weight: norm(x, weight)) if config.block_norm == "sandwich" else lambda x, weight: x
+        mix, scale = (w["passes.mixes"][p.slot], w["passes.scales"][p.slot]) if config.pass_scales else ((1, 0), (1, 1))
+        is_sandwich = config.block_norm == "sandwich"
+
+        def block_norm(x: Tensor, name: str, letter: str = letter) -> Tensor:
+            return norm(x, w.get(f"blocks.{letter}.{name}", 1.0))
+
         value = None
         if p.slot in value_rows:
             table = w["value.weight"][tokens] @ w["value_out.weight"].T
-            value = w["value_scales"][value_rows.index(p.slot)] * table
+            value = w["passes.value_scales"][value_rows.index(p.slot)] * table
         is_xsa = config.xsa_passes == "all" or str(p.slot) in config.xsa_passes.split(",")
         x = mix[0] * x + mix[1] * x0
         if config.adapter_rank:
-            x = x + x @ w["adapters"][p.slot, 0] @ w["adapters"][p.slot, 1].T
-        x = x + scale[0] * attend_one_by_one(model, letter, norm(x, n[0]), value, is_xsa)
-        x = after(x, n[-2])
-        hidden = norm(x, n[1]) @ block.up.weight.T
+            x = x + x @ w["passes.adapters"][p.slot, 0] @ w["passes.adapters"][p.slot, 1].T
+        x = x + scale[0] * attend_one_by_one(model, letter, block_norm(x, "attention_norm"), value, is_xsa)
+        x = block_norm(x, "attention_out_norm") if is_sandwich else x
+        hidden = block_norm(x, "mlp_norm") @ block.mlp.up.weight.T
         gate, gated = hidden[:, : config.mlp_dim], hidden[:, config.mlp_dim :]
         hidden = gate * gate.sigmoid() * gated if config.mlp == "swiglu" else hidden.clamp(min=0).square()
-        y = hidden @ block.down.weight.T
+        y = hidden @ block.mlp.down.weight.T
         if config.moe_experts:
-            earlier = [q.block for q in model.plan.passes(config.rows, config.rows)][: p.slot]
+            earlier = model.plan.slot_owners(config.rows)[: p.slot]
             experts = dict(block.moe.named_parameters())
-            mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), norm(x, n[-1]))
-            y = block.gates[0] * y + block.gates[1] * mixed
-        x = after(x + scale[1] * y, n[-1])
+            mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), block_norm(x, "moe_norm"))
+            y = block.mlp_gate * y + block.moe_gate * mixed
+        x = x + scale[1] * y
+        x = block_norm(x, "mlp_out_norm") if is_sandwich else x
         if p.norm:
             x = norm(x, w.get("norms.loop", 1.0))
         if index < half:
@@ -175,8 +181,8 @@ def test_states_are_those_of_the_equations(changes, depth):
     config = tiny_config(**changes)
     model, tokens = tiny_model(config), draw_tokens(config, 14)
     with torch.no_grad():
-        found = model(tokens[None], depth)[0]
-    torch.testing.assert_close(found, states_one_by_one(model, tokens, depth), atol=2e-5, rtol=0)
+        found = model.hidden(tokens[None], at(depth))[0]
+    torch.testing.assert_close(found, states_one_by_one(model, tokens, at(depth)), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("depth, rows", [(1, [0, 1, 4]), (2, [0, 1, 2, 4]), (3, [0, 1, 2, 3, 4]),
@@ -185,15 +191,15 @@ def test_depth_r_is_the_plan_written_out(depth, rows):
     config = tiny_config(plan="a(b)*rc", depth=3, skips="none", ve_passes="none")
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
     plain = LoopedGPT(tiny_config(plan="a" + "b" * max(depth, 1) + "c", skips="none", ve_passes="none"))
-    weights = {n: p[rows] if n in ("mixes", "scales") else p for n, p in model.state_dict().items()}
+    weights = {n: p[rows] if n in ("passes.mixes", "passes.scales") else p for n, p in model.state_dict().items()}
     plain.load_state_dict(weights)
-    assert torch.equal(model(tokens, depth), plain(tokens))
+    assert torch.equal(model.hidden(tokens, at(depth)), plain.hidden(tokens))
 
 
 def test_the_depth_is_the_configs_unless_said():
     config = tiny_config(plan="a(b)*rc", depth=3, skips="none")
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
-    assert torch.equal(model(tokens), model(tokens, 3)) and not torch.equal(model(tokens), model(tokens, 2))
+    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(3))) and not torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(2)))
 
 
 def test_4b7l_has_the_parameters_of_the_entry_it_started_from():
@@ -218,11 +224,11 @@ def test_a_token_changes_nothing_before_it(length):
     config = tiny_config(seq_len=256, batch_tokens=256)
     model, tokens = tiny_model(config), draw_tokens(config, length)
     with torch.no_grad():
-        before = model(tokens[None])[0]
+        before = model.hidden(tokens[None])[0]
         for t in (0, 1, length // 2, length - 1):
             changed = tokens.clone()
             changed[t] = 5 + tokens[t] % 7
-            after = model(changed[None])[0]
+            after = model.hidden(changed[None])[0]
             assert torch.equal(after[:t], before[:t])
             assert not torch.equal(after[t], before[t]) and not torch.equal(after[-1], before[-1])
 
@@ -265,10 +271,13 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
     config = tiny_config(num_heads=4, rope_dims=4, num_kv_heads=2)
     model, x = tiny_model(config), torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3))
     value = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(4))
-    reach = Reach(*model.rotary(11, x.device), 32, None)
+    stream = Stream(x, *model.rotary(11, x.device), 32, None)
+    attention = model.blocks["a"].attention
+    attention.out.weight.copy_(torch.eye(32))
 
     def along_own(is_xsa: bool) -> float:
-        y, kept = model.blocks["a"].attention(x, value, is_xsa, reach, None, True, None)
+        row = PassRow(None, None, None, None, value, is_xsa, keeps=True)
+        y, kept = attention(x, row, stream)
         own = torch.nn.functional.normalize(kept[1], dim=-1).repeat_interleave(2, dim=2)
         return (y.view(2, 11, 4, 8) * own).sum(-1).abs().max().item()
 
@@ -282,16 +291,16 @@ def test_a_cached_stream_equals_one_forward(pieces, changes):
     config = tiny_config(**changes)
     model, tokens = tiny_model(config), draw_tokens(config, 30)[None]
     cache = Cache(config.seq_len)
-    found = torch.cat([model(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
-    torch.testing.assert_close(found, model(tokens), atol=1e-5, rtol=0)
+    found = torch.cat([model.hidden(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
+    torch.testing.assert_close(found, model.hidden(tokens), atol=3e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_long_stream_in_pieces_equals_the_stream_at_once():
     config = tiny_config()
     model, tokens = tiny_model(config), torch.stack([draw_tokens(config, 40, 1), draw_tokens(config, 40, 2)])
-    at_once, cache = model(tokens, None, Cache(8)), Cache(8)
-    found = torch.cat([model(piece, None, cache) for piece in tokens.split([3, 20, 1, 16], 1)], 1)
+    at_once, cache = model.hidden(tokens, None, Cache(8)), Cache(8)
+    found = torch.cat([model.hidden(piece, None, cache) for piece in tokens.split([3, 20, 1, 16], 1)], 1)
     torch.testing.assert_close(found, at_once, atol=1e-5, rtol=0)
     assert cache.length == 8
 
@@ -303,7 +312,7 @@ def test_one_pass_sees_its_window_and_nothing_beyond(window):
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
     changed = tokens.clone()
     changed[0, 5] = 3
-    a, b = model(tokens, None, Cache(window))[0], model(changed, None, Cache(window))[0]
+    a, b = model.hidden(tokens, None, Cache(window))[0], model.hidden(changed, None, Cache(window))[0]
     differs = [t for t in range(20) if not torch.equal(a[t], b[t])]
     assert differs == list(range(5, 5 + window))
 
@@ -318,10 +327,10 @@ def test_attention_stops_at_document_starts_where_the_config_says_so(window):
     changed[0, 12] = 3
     for stops in (False, True):
         model = tiny_model(tiny_config(doc_attention=stops))
-        a, b = (model(t, cache=Cache(window))[0] for t in (tokens, changed))
+        a, b = (model.hidden(t, cache=Cache(window))[0] for t in (tokens, changed))
         differs = [t for t in range(30) if not torch.equal(a[t], b[t])]
         assert (set(differs) <= set(range(12, 17))) == stops and 12 in differs
-        alone = model(tokens[:, 17:], cache=Cache(window))[0]
+        alone = model.hidden(tokens[:, 17:], cache=Cache(window))[0]
         assert torch.allclose(alone, a[17:], atol=1e-5) == stops
 
 
@@ -331,30 +340,30 @@ def test_adapters_belong_to_their_row_and_do_nothing_at_zero():
     model, tokens = tiny_model(config), torch.stack([draw_tokens(config, 20, 1), draw_tokens(config, 20, 2)])
     generator = torch.Generator().manual_seed(1)
     for layer in ("qkv", "out", "up", "down"):
-        fan_out, fan_in = getattr(model.blocks["b"], layer).weight.shape
+        fan_out, fan_in = model.linears()["b"][layer].weight.shape
         down = torch.randn(2, fan_in, 3, generator=generator)
         up = torch.randn(2, 3, fan_out, generator=generator)
         up[0] = 0
-        with_lora, base = model(tokens, lora={"b": {layer: (down, up)}}), model(tokens)
+        with_lora, base = model.hidden(tokens, lora={"b": {layer: (down, up)}}), model.hidden(tokens)
         torch.testing.assert_close(with_lora[0], base[0], atol=1e-5, rtol=0)
         assert (with_lora[1] - base[1]).abs().max() > 0.01
         merged = tiny_model(config)
-        getattr(merged.blocks["b"], layer).weight += (down[1] @ up[1]).T
-        torch.testing.assert_close(with_lora[1], merged(tokens)[1], atol=1e-4, rtol=0)
+        merged.linears()["b"][layer].weight += (down[1] @ up[1]).T
+        torch.testing.assert_close(with_lora[1], merged.hidden(tokens)[1], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
 def test_logits_are_capped_and_the_loss_is_their_cross_entropy():
     config = tiny_config(softcap=3.0)
     model, tokens = tiny_model(config), draw_tokens(config, 21)
-    x = model(tokens[None, :-1])
+    x = model.hidden(tokens[None, :-1])
     logits = model.logits(x)
     assert logits.dtype == torch.float32 and logits.abs().max() <= 3.0
     raw = x[0] @ model.embed.weight.T
     torch.testing.assert_close(logits[0], 3.0 * torch.tanh(raw / 3.0), atol=1e-5, rtol=0)
     assert torch.equal(logits, softcap_logits(x, model.embed.weight, 3.0))
     expected = -logits[0].log_softmax(-1)[range(20), tokens[1:]].mean()
-    torch.testing.assert_close(model.loss(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
 
 
 VARIANTS = [
@@ -372,7 +381,7 @@ def test_fresh_weights_cover_every_parameter_and_follow_the_seed(changes):
             for p in model.parameters():
                 p.fill_(before)
         torch.manual_seed(int(abs(before)) if math.isfinite(before) else 0)
-        model.init_weights(seed)
+        start_weights(model, seed)
         return model.state_dict()
 
     one, same, other = fresh(1, math.nan), fresh(1, 123.0), fresh(2, math.nan)
@@ -387,17 +396,17 @@ def test_a_fresh_model_passes_its_embedding_through():
     """Matrices that write to the stream start at zero, mixes keep the stream, so only skips add copies of it."""
     config = tiny_config(plan="abc", skips="none", q_gain=1.25)
     model, tokens = LoopedGPT(config), draw_tokens(config, 12)[None]
-    model.init_weights(1)
+    start_weights(model, 1)
     x = model.embed_tokens(torch.nn.functional.pad(tokens, (2, 0), value=1))
-    assert torch.equal(model(tokens), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
+    assert torch.equal(model.hidden(tokens), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
     weights = dict(model.named_parameters())
-    assert weights["mixes"][:, 0].eq(1).all() and weights["mixes"][:, 1].eq(0).all()
-    assert weights["scales"].eq(1).all() and weights["value_scales"].eq(1).all()
-    assert weights["blocks.b.q_gain"].eq(1.25).all()
+    assert weights["passes.mixes"][:, 0].eq(1).all() and weights["passes.mixes"][:, 1].eq(0).all()
+    assert weights["passes.scales"].eq(1).all() and weights["passes.value_scales"].eq(1).all()
+    assert weights["blocks.b.attention.q_gain"].eq(1.25).all()
     unet = LoopedGPT(tiny_config(plan="abc"))
-    unet.init_weights(1)
-    assert unet.skips.eq(1).all()
-    for part in weights["blocks.a.qkv.weight"].split(model.blocks["a"].qkv.parts):
+    start_weights(unet, 1)
+    assert unet.passes.skips.eq(1).all()
+    for part in weights["blocks.a.attention.qkv.weight"].split(model.blocks["a"].attention.qkv.parts):
         torch.testing.assert_close(part @ part.T, torch.eye(len(part)), atol=1e-5, rtol=0)
 
 
@@ -405,14 +414,15 @@ def test_a_fresh_model_passes_its_embedding_through():
 def test_every_parameter_gets_a_gradient(changes):
     config = tiny_config(**changes)
     model, tokens = tiny_model(config), draw_tokens(config, 32)[None]
-    model.loss(tokens, tokens.roll(-1, 1)).backward()
+    model(tokens, tokens.roll(-1, 1)).backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not idle
 
 
 def test_kinds_of_parameters():
     model = LoopedGPT(tiny_config(plan="a(^b)*2"))
-    kinds = {n: model.kind(n) for n, _ in model.named_parameters()}
+    kinds = {n: collect_specs(model)[n].group for n, _ in model.named_parameters()}
     assert {n for n, k in kinds.items() if k == "table"} == {"embed.weight", "bigram.weight", "value.weight"}
-    vectors = {"mixes", "scales", "skips", "smear_gate", "value_scales", "blocks.a.q_gain", "blocks.b.q_gain"}
+    tables = {f"passes.{name}" for name in ("mixes", "scales", "skips", "value_scales")}
+    vectors = tables | {"smear_gate", "blocks.a.attention.q_gain", "blocks.b.attention.q_gain"}
     assert {n for n, k in kinds.items() if k == "vector"} == vectors

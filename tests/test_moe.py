@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from loopgolf.cache import Cache
-from loopgolf.moe import MoE, balance_losses, choose, dense_ref, dispatch
-from loopgolf.quantize import Grid, quantize_tensor, round_with_feedback
-from train_gpt import Linear, LoopedGPT, compute_flops, main
+from loopgolf.moe import MoE, MoEShape, balance_losses, choose, dense_ref, dispatch
+from loopgolf.params import collect_specs, start_weights
+from loopgolf.quantize import RowGrid, round_with_feedback
+from train_gpt import LoopedGPT, compute_flops, main
 
 SHAPES = [(1, 8, 8, 1, 1), (5, 8, 16, 4, 2), (33, 16, 8, 11, 2), (64, 24, 16, 5, 3), (17, 8, 8, 3, 3)]  # N D H E top
 
@@ -26,7 +27,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def build(D=16, H=8, E=5, top=2, loops=3, dtype=torch.float32) -> MoE:
-    moe = MoE(D, H, E, top, loops, Linear, dtype)
+    moe = MoE(D, MoEShape(E, H, top), loops, "core", dtype)
     with torch.no_grad():
         for i, p in enumerate(moe.parameters()):
             p.copy_(0.4 * draw(*p.shape, seed=i))
@@ -100,7 +101,7 @@ def test_even_routing_costs_one_and_a_collapse_as_much_as_there_are_experts():
 def test_the_published_model_has_the_published_size():
     D, V, blocks, loops = 1536, 65536, 3, 6
     with torch.device("meta"):
-        moe = MoE(D, 1024, 11, 2, loops, Linear, torch.float32)
+        moe = MoE(D, MoEShape(11, 1024, 2), loops, "core", torch.float32)
     assert sum(p.numel() for p in moe.parameters()) == (1 + 11) * 3 * D * 1024 + 11 * 2 * D + loops * D
     assert moe.active_weights() == (1 + 2) * 3 * D * 1024 + 11 * 2 * D
     attention, dense, gates = 4 * D * D, 3 * D * 4096, 2
@@ -141,7 +142,7 @@ def test_a_token_does_not_depend_on_the_others():
 def test_nothing_reads_a_tensor_back(dtype):
     """Tensors without values: reading one, or a shape that depends on one, raises."""
     with FakeTensorMode():
-        moe = MoE(16, 8, 5, 2, 3, Linear, dtype)
+        moe = MoE(16, MoEShape(5, 8, 2), 3, "core", dtype)
         found = compute_all(moe, torch.empty(2, 7, 16, dtype=dtype))
         assert found[0].shape == (2, 7, 16) and found[1].shape == (2,)
         with pytest.raises(DataDependentOutputException):
@@ -165,7 +166,7 @@ def test_one_graph_serves_all_loops():
 @pytest.mark.parametrize("D, H, E, top", [(12, 8, 4, 2), (16, 10, 4, 2), (16, 8, 4, 5), (16, 8, 4, 0)])
 def test_sizes_that_do_not_work_are_named(D, H, E, top):
     with pytest.raises(ValueError, match=f"dim={D} .*hidden={H} .*multiples of 8.*top={top} .*experts={E}"):
-        MoE(D, H, E, top, 1, Linear, torch.float32)
+        MoE(D, MoEShape(E, H, top), 1, "core", torch.float32)
 
 
 # In the model
@@ -176,7 +177,7 @@ MIXED = dict(plan="(ab~)*3", skips="none", norm_weights=True, moe_experts=4, moe
 def loss_and_gradients(model, depth=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tokens = draw_tokens(model.config, 66).view(2, 33)
     model.zero_grad()
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:], depth)
+    loss = model(tokens[:, :-1], tokens[:, 1:], depth)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -207,7 +208,7 @@ def test_passes_that_are_computed_again_keep_no_memory():
     def count_saved(on: bool) -> int:
         model, kept = tiny_model(tiny_config(**MIXED, checkpoint_passes=on)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda _: None):
-            model(draw_tokens(model.config, 32)[None])
+            model.hidden(draw_tokens(model.config, 32)[None])
         return sum(kept)
 
     assert count_saved(True) < count_saved(False) / 5
@@ -218,24 +219,25 @@ def test_what_comes_later_changes_no_state():
     model = tiny_model(tiny_config(**MIXED))
     tokens = draw_tokens(model.config, 30)[None]
     other = torch.cat((tokens[:, :17], draw_tokens(model.config, 13, seed=5)[None]), 1)
-    a, b = model(tokens), model(other)
+    a, b = model.hidden(tokens), model.hidden(other)
     torch.testing.assert_close(a[:, :17], b[:, :17], rtol=1e-5, atol=1e-5)
     assert (a[:, 17:] - b[:, 17:]).abs().max() > 0.1
     cache = Cache(32)
-    stepped = torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(30)], 1)
+    stepped = torch.cat([model.hidden(tokens[:, i : i + 1], cache=cache) for i in range(30)], 1)
     torch.testing.assert_close(stepped, a, rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_weights_and_their_kinds():
     model = LoopedGPT(tiny_config(**MIXED))
-    model.init_weights(3)
-    moe, gates = model.blocks["b"].moe, model.blocks["b"].gates
+    start_weights(model, 3)
+    block = model.blocks["b"]
+    moe = block.moe
     for part in (*moe.up.weight.split(moe.up.parts), *moe.shared_up.weight.split(moe.shared_up.parts)):
         torch.testing.assert_close(part @ part.T, torch.eye(16), rtol=0, atol=1e-5)
-    assert not moe.down.weight.any() and not moe.shared_down.weight.any() and gates.tolist() == [0.5, 0.5]
+    assert not moe.down.weight.any() and not moe.shared_down.weight.any() and block.mlp_gate == block.moe_gate == 0.5
     assert all(abs(p.std().item() - 0.02) < 0.005 for p in (moe.router, moe.loops)) and len(moe.loops) == 3
-    kinds = [model.kind(f"blocks.b.{name}") for name in ("moe.up.weight", "moe.router", "moe.loops", "gates", "norms")]
-    assert kinds == ["matrix", *["vector"] * 4] and model.role("blocks.b.moe.down.weight") == "core"
+    kinds = [collect_specs(model)[f"blocks.b.{name}"].group for name in ("moe.up.weight", "moe.router", "moe.loops", "moe_gate", "mlp_norm")]
+    assert kinds == ["matrix", *["vector"] * 4] and collect_specs(model)["blocks.b.moe.down.weight"].role == "core"
 
 
 def test_a_token_is_charged_for_the_experts_it_uses():
@@ -252,7 +254,7 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(
-        "loopgolf.artifact.round_with_feedback",
+        "loopgolf.quantize.round_with_feedback",
         lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g),
     )
     limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
@@ -271,6 +273,6 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
 
 
 def test_a_matrix_without_known_inputs_is_rounded_plainly():
-    weight, grid = draw(24, 16), Grid(4, 3.0)
-    for ours, plain in zip(round_with_feedback(weight, torch.zeros(16, 16), grid), quantize_tensor(weight, grid)):
+    weight, grid = draw(24, 16), RowGrid(4, 3.0)
+    for ours, plain in zip(round_with_feedback(weight, torch.zeros(16, 16), grid), grid.quantize(weight)):
         assert torch.equal(ours, plain)

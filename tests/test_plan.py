@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from helpers import tiny_config
+from helpers import at, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,11 +63,6 @@ trees = st.recursive(
     max_leaves=4,
 )
 plans = trees.map(lambda tree: build(tree, [True]))
-
-
-def at(depth: int) -> Depth:
-    """0 stands for every group once, in these tests only."""
-    return Depth(depth) if depth else ONCE
 
 
 def describe(text: str, depth: int, rows: int) -> list[tuple[str, int, int, bool]]:

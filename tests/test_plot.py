@@ -29,7 +29,7 @@ def test_what_is_drawn_is_what_was_run(folder, dataset):
     model.load_state_dict(artifact.tensors)
     tokens = torch.from_numpy(TokenStream(str(dataset), "val", 384).read(0, 4 * 32))
     with torch.no_grad():
-        model(tokens.view(4, 32), watch=lambda _, x: states.append(x.numpy()) or x)
+        model.hidden(tokens.view(4, 32), on_pass=lambda _, x: states.append(x.numpy()) or x)
     assert run.stream == pytest.approx([np.sqrt(np.mean(x**2)) for x in states], rel=1e-5) and len(states) == 4
 
 

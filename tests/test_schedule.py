@@ -7,6 +7,7 @@ from helpers import tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from loopgolf.plan import ONCE, Depth
 from train_gpt import Budget, settings_at
 
 fractions = st.floats(0.0, 1.0)
@@ -15,35 +16,35 @@ fractions = st.floats(0.0, 1.0)
 @given(fractions, fractions)
 def test_the_learning_rate_ends_at_its_end_value(warmdown, final_lr):
     config = tiny_config(warmdown=warmdown, final_lr=final_lr)
-    assert settings_at(config, 0.0).lr_scale == 1.0
-    assert settings_at(config, 1.0).lr_scale == pytest.approx(final_lr if warmdown else 1.0)
+    assert settings_at(config, 0.0, 0).lr_scale == 1.0
+    assert settings_at(config, 1.0, 0).lr_scale == pytest.approx(final_lr if warmdown else 1.0)
 
 
 @given(st.floats(0.01, 1.0), st.floats(0.0, 0.9), fractions, fractions)
 def test_the_learning_rate_falls_over_the_warmdown_only(warmdown, final_lr, a, b):
     config, (a, b) = tiny_config(warmdown=warmdown, final_lr=final_lr), sorted((a, b))
-    first, second = settings_at(config, a).lr_scale, settings_at(config, b).lr_scale
+    first, second = settings_at(config, a, 0).lr_scale, settings_at(config, b, 0).lr_scale
     assert 1.0 >= first >= second >= final_lr - 1e-9
     if b <= 1 - warmdown - 1e-9:
         assert second == 1.0
-    middle = settings_at(config, 1 - warmdown / 2).lr_scale
+    middle = settings_at(config, 1 - warmdown / 2, 0).lr_scale
     assert middle == pytest.approx((1 + final_lr) / 2)
 
 
 @given(st.floats(0.01, 1.0), fractions)
 def test_the_momentum_rises_and_stays(rise, progress):
     config = tiny_config(momentum_start=0.8, momentum=0.95, momentum_warmup=rise)
-    found = settings_at(config, progress).momentum
-    assert settings_at(config, 0.0).momentum == 0.8 and settings_at(config, 1.0).momentum == pytest.approx(0.95)
+    found = settings_at(config, progress, 0).momentum
+    assert settings_at(config, 0.0, 0).momentum == 0.8 and settings_at(config, 1.0, 0).momentum == pytest.approx(0.95)
     assert found == pytest.approx(0.8 + 0.15 * min(1.0, progress / rise))
-    assert settings_at(tiny_config(momentum=0.95, momentum_warmup=0.0), 0.0).momentum == 0.95
+    assert settings_at(tiny_config(momentum=0.95, momentum_warmup=0.0), 0.0, 0).momentum == 0.95
 
 
 @given(fractions, fractions)
 def test_the_whole_plan_runs_from_loop_start_on(start, progress):
     config = tiny_config(loop_start=start, depth=3)
-    assert settings_at(config, progress).depth == (0 if progress < start else 3)
-    assert settings_at(tiny_config(depth=3), 0.0).depth == 3
+    assert settings_at(config, progress, 0).depth == (ONCE if progress < start else Depth(3))
+    assert settings_at(tiny_config(depth=3), 0.0, 0).depth == Depth(3)
 
 
 def simulate(seconds: float, times: list[float], used_s: float = 0.0) -> tuple[float, list[float | None], list[float]]:
@@ -54,7 +55,7 @@ def simulate(seconds: float, times: list[float], used_s: float = 0.0) -> tuple[f
         wanted = times[step % len(times)]
         taken.append(min(wanted, max(taken[-8:])) if taken else wanted)
         used_s += taken[-1]
-        budget.recent.append(taken[-1])
+        budget.add_step(taken[-1])
         step += 1
         assert step < 20_000
     return used_s, seen, taken
@@ -92,5 +93,5 @@ def test_a_counted_run_makes_its_steps_whatever_the_clock_says(n):
     budget = Budget(tiny_config(iterations=n, max_wallclock_seconds=0.1))
     for step in range(n):
         assert budget.progress(step, 1e6) == pytest.approx((step + 1) / n)
-        budget.recent.append(100.0)
+        budget.add_step(100.0)
     assert budget.progress(n - 1, 0.0) == 1.0 and budget.progress(n, 0.0) is None

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.shards import TokenStream
+from loopgolf.adapting import SgdScorer
 from loopgolf.cache import Cache
 from loopgolf.runtime import RunContext
-from loopgolf.scoring import BpbMeter, ByteCounter, Score, Scoring, SgdScorer, WindowScorer, build_scorer, score_tokens
+from loopgolf.scoring import BpbMeter, ByteCounter, Score, Scoring, WindowScorer, score_tokens
+from train_gpt import Stored, build_scorer
 
 
 class LonelyContext(RunContext):
@@ -110,7 +112,7 @@ def score_one_by_one(model, tokens: torch.Tensor, length: int, stride: int, band
     nats = []
     for t in range(1, len(tokens)):
         start = 0 if t <= length else (1 + (t - 1 - length) // stride) * stride
-        logits = model.logits(model(tokens[None, start:t], cache=Cache(band))[:, -1])
+        logits = model.logits(model.hidden(tokens[None, start:t], cache=Cache(band))[:, -1])
         nats.append(-logits[0].double().log_softmax(-1)[tokens[t]].item())
     return nats
 
@@ -131,7 +133,7 @@ def test_a_compiled_pass_has_no_more_rows_than_a_rank_can_fill(mode, world, toke
 def test_what_an_artifact_stores_is_all_that_scoring_needs(mode, tokens, counter):
     """Rows of a batch share products, so even how many there are is a part of the score."""
     config = tiny_config(score_mode=mode, moe_experts=2, moe_hidden=8)
-    known = config.stored()
+    known = {f.name: getattr(config, f.name) for f in fields(Stored)}
     stored = Scoring(**{field.name: known[field.name] for field in fields(Scoring)})
     assert known.keys() >= {field.name for field in fields(Scoring)} >= {"score_batch", "seq_len", "score_mode"}
     ctx = tiny_context()
@@ -168,7 +170,7 @@ def score_with_all_logits(scorer: WindowScorer, tokens: torch.Tensor) -> float:
         rows = torch.full((len(batch), scorer.length), scorer.config.bos_id)
         for row, w in zip(rows, batch):
             row[: w.stop - 1 - w.start] = tokens[w.start : w.stop - 1]
-        log_probs = scorer.model.logits(scorer.model(rows)).log_softmax(-1)
+        log_probs = scorer.model.logits(scorer.model.hidden(rows)).log_softmax(-1)
         for row, w in zip(log_probs, batch):
             picked = row[w.first - 1 - w.start : w.stop - 1 - w.start].gather(1, tokens[w.first : w.stop, None])
             nats -= picked.double().sum().item()
@@ -370,7 +372,7 @@ def test_frozen_blocks_stay_and_the_others_adapt(tokens):
     scorer.observe(tokens, scorer.tracks(tokens)[0][0], 0.0, math.inf)
     moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert moved and not any(n.startswith("blocks.a.") for n in moved)
-    assert {"blocks.b.up.weight", "embed.weight", "mixes"} <= moved
+    assert {"blocks.b.mlp.up.weight", "embed.weight", "passes.mixes"} <= moved
     assert all(p.grad is None for p in model.parameters())
     scorer.reset()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
@@ -381,4 +383,4 @@ def test_the_learning_rate_of_adaptation_falls_as_a_cosine(tokens):
     scorer = SgdScorer(tiny_model(config), config, tiny_context())
     for done, share in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
         scorer.observe(tokens, scorer.tracks(tokens)[0][0], done, math.inf)
-        assert scorer.sgd.param_groups[0]["lr"] == pytest.approx(0.5 * share, abs=1e-9)
+        assert scorer.state.optimizers["sgd"].param_groups[0]["lr"] == pytest.approx(0.5 * share, abs=1e-9)
