@@ -197,7 +197,7 @@ def test_a_step_against_plain_autograd():
     config, model, state = build(grad_clip=0.0)
     reference = copy.deepcopy(model)
     inputs, targets = draw_batch(config)
-    reference(inputs, targets, 1).backward()
+    reference(inputs, targets).backward()
     state.step = lambda *_: None
     train_step(model, state, (inputs, targets), FULL, tiny_context())
     for name, p in reference.named_parameters():

@@ -105,7 +105,7 @@ def test_json_holds_the_same(series, dataset, monkeypatch, capsys, tmp_path):
     assert seeds.main(["--json=-", *arguments(dataset, 3, 11)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["seed"] for row in found["runs"]] == [3, 11]
-    assert found["code_sha256"] == train_gpt.hash_counted_code()
+    assert found["code_sha256"] == train_gpt.hash_counted_code(train_gpt.Config())
     scores = [row["val_bpb"] for row in found["runs"]]
     assert (found["mean"]["val_bpb"], found["std"]["val_bpb"]) == pytest.approx((sum(scores) / 2, sample_std(scores)))
     assert seeds.main([f"--json={tmp_path / 'one.json'}", *arguments(dataset, 3)]) == 0
@@ -125,7 +125,7 @@ def test_a_run_that_is_not_the_same_is_refused(kind, series, dataset, tmp_path, 
         changes, message = dict(matrix_lr=0.5), "holds a run with matrix_lr=0.02, not 0.5; choose another --name"
     elif kind == "code":
         log = (folder / "log.txt").read_text()
-        (folder / "log.txt").write_text(log.replace(train_gpt.hash_counted_code(), "0" * 64))
+        (folder / "log.txt").write_text(log.replace(train_gpt.hash_counted_code(train_gpt.Config()), "0" * 64))
     else:
         (folder / "config.json").write_text("{}")
         message = "not a config of this version"
