@@ -27,8 +27,8 @@ from loopgolf.errors import Interrupted, Stop
 from loopgolf.options import Parser, split_options
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError, read_result
-from tools.submission.entry import PER_RUN_SETTINGS
 from tools.submission.stats import mean, sample_std
+from tools.submission.summary import PER_RUN_SETTINGS
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 # column of the table: the heading, and the decimals to print
@@ -132,7 +132,7 @@ def tie_to_parent() -> None:
 
 def run_missing(plans: list[Plan], nproc: int, environ: dict[str, str]) -> None:
     """Runs what is not finished, one after another; what must not go on is refused before the first hour is spent."""
-    states = [state_of(plan, train_gpt.hash_counted_code(plan.config.moe_experts)) for plan in plans]
+    states = [state_of(plan, train_gpt.hash_counted_code(plan.config)) for plan in plans]
     for plan, state in zip(plans, states):
         if state == "finished":
             print(f"# seed {plan.seed}: finished, in {plan.folder}", file=sys.stderr)
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     rows = collect(plans)
     summary = summarize(rows)
     if args.json:
-        code_sha256 = train_gpt.hash_counted_code(config.moe_experts)
+        code_sha256 = train_gpt.hash_counted_code(config)
         report = dict(name=name, code_sha256=code_sha256, options=options, runs=rows) | {
             which: {column: values[which] if math.isfinite(values[which]) else None
                     for column, values in summary.items()} for which in ("mean", "std")
