@@ -24,7 +24,7 @@ from tools.submission.script import (
     pack_sources,
     parse_source,
     split_sources,
-    unpack_zip,
+    unpack_modules,
     unwrap,
 )
 from tools.submission.summary import SEED_FIELDS, config_of, options_of
@@ -205,8 +205,10 @@ def script(entry: Entry) -> Found:
     content = entry.script.read_bytes()
     try:
         if content[:2] == b"PK":
-            parse_source(unpack_zip(content))
-            yield OK, "unzips to a module that compiles"
+            modules = unpack_modules(content)
+            for text in modules.values():
+                parse_source(text)
+            yield OK, f"unzips to {len(modules)} modules that compile"
         else:
             _, is_wrapped = unwrap(content)
             yield OK, f"{entry.script.name} compiles{', unwrapped' if is_wrapped else ''}"
@@ -226,11 +228,14 @@ def read_human(entry: Entry) -> str:
 
 def is_earlier(entry: Entry) -> bool:
     """Whether script and readable source are a pair that an earlier packer of this repository made."""
-    if not entry.script:
+    human = entry.folder / "train_gpt_human.py"
+    if not entry.script or not human.is_file():
         return False
-    packed = hashlib.sha256(entry.script.read_bytes()).hexdigest()
-    human = hashlib.sha256(read_human(entry).encode()).hexdigest()
-    return EARLIER_SCRIPTS.get(packed) == human
+    return EARLIER_SCRIPTS.get(hash_file(entry.script)) == hash_file(human)
+
+
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @rule
@@ -251,7 +256,7 @@ def code(entry: Entry) -> Found:
         yield OK, "packed from train_gpt_human.py by an earlier version of tools.pack; it is what the logs ran"
     else:
         try:
-            known.add(hash_sources({"train_gpt.py": unpack_zip(entry.script.read_bytes())}))
+            known.add(hash_sources(unpack_modules(entry.script.read_bytes())))
         except ScriptError as error:
             yield BAD, f"train_gpt.py was not packed from train_gpt_human.py: {error}"
         except Unreadable as error:

@@ -15,7 +15,14 @@ from loopgolf.errors import ArtifactError
 from tools.submission.entry import Entry, agrees, claims_by_seed
 from tools.submission.folder_rules import count_code_bytes
 from tools.submission.stats import mean, sample_std
-from tools.submission.summary import describe_runs, describe_seed, is_complete, repeat_command, result_lines
+from tools.submission.summary import (
+    describe_runs,
+    describe_seed,
+    is_complete,
+    repeat_command,
+    require_numbers,
+    result_lines,
+)
 from tools.submission.trainlog import Score, TrainLog
 from tools.submission.verdicts import BAD, OK, UNKNOWN, Found, Rule, has_kind, register
 
@@ -62,7 +69,7 @@ def scores(entry: Entry) -> Found:
         elif entry.ours and not is_complete(entry.logs):
             yield UNKNOWN, "the logs are incomplete"
         elif entry.ours:
-            row = describe_seed(log)
+            row = describe_seed(require_numbers(log))
             for name in row.keys() | values.keys():
                 if not is_same(values.get(name), row.get(name)):
                     yield BAD, f"seed {seed}: {name} is {values.get(name)}, its log says {row.get(name)}"
@@ -90,7 +97,7 @@ def scores_of_strangers(seed: int, values: dict[str, Any], log: TrainLog) -> Fou
             yield UNKNOWN, f"seed {seed}: the log does not tell {name}"
         elif name in values and not any(agrees(values[name], value) for value in known):
             yield BAD, f"seed {seed}: {name} is {values[name]}, {log.path.name} says {known[0]:.10g}"
-    stated = values.get("step_avg_ms", values.get("ms_per_step"))
+    stated: Any = values.get("step_avg_ms", values.get("ms_per_step"))
     if has_kind(stated, float) and log.step_ms and abs(float(stated) / log.step_ms - 1) > 0.01:
         yield BAD, f"seed {seed}: {stated} ms per step, {log.train_s} s in {log.steps} steps are {log.step_ms:.2f}"
     yield OK, "as in the logs"

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import train_gpt
+from loopgolf.errors import ArtifactError
 from tools.lib.runlog import RunError, parse_line
 from tools.submission.entry import Entry
 from tools.submission.trainlog import TrainLog, parse_float
@@ -22,13 +23,18 @@ TOLERANCE = 0.001  # bits per byte
 
 def score_again(entry: Entry, data_path: Path, device: str = "auto") -> Verdict:
     """The verdict of a rule of its own, which needs the validation text."""
-    found = []
+    found: list[tuple[str, str]] = []
     pairs = [(entry.folder / f"artifact_seed{log.seed}.lg", log) for log in entry.logs if log.ours]
     pairs = [(path, log) for path, log in pairs if path.is_file()]
     if not pairs:
         raise RunError(f"{entry.folder}: it has no artifacts with logs of this repository, so nothing to score")
     for number, (path, log) in enumerate(pairs, 1):
         print(f"# scoring {path.name} ({number} of {len(pairs)})", file=sys.stderr, flush=True)
+        try:
+            train_gpt.load_artifact(path)
+        except ArtifactError as error:
+            found.append((BAD, str(error).replace(f"{entry.folder}/", "")))
+            continue
         found += compare_score(log, score_artifact(path, log, data_path, device))
     return decide("score_again", found)
 

@@ -5,9 +5,10 @@ the rules compare it.
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 import train_gpt
+from tools.lib.runlog import RunError
 from tools.submission.stats import mean, sample_std
 from tools.submission.tracks import Track
 from tools.submission.trainlog import TrainLog
@@ -28,10 +29,38 @@ HEADINGS = (
 )
 
 
+class Numbers(NamedTuple):
+    """What a summary needs of a finished run."""
+
+    seed: int
+    loss: float
+    bpb: float
+    artifact_bytes: int
+    steps: int
+    step_ms: float
+    train_s: float
+    eval_s: float
+
+
+def read_numbers(log: TrainLog) -> Numbers | None:
+    """None where the log lacks one of them."""
+    if log.final is None:
+        return None
+    score = (log.final.loss, log.final.bpb)
+    row = (log.seed, *score, log.artifact_bytes, log.steps, log.step_ms, log.train_s, log.eval_s)
+    return None if None in row else Numbers(*row)  # type: ignore[arg-type]
+
+
+def require_numbers(log: TrainLog) -> Numbers:
+    numbers = read_numbers(log)
+    if numbers is None:
+        raise RunError(f"{log.path}: its result line is incomplete")
+    return numbers
+
+
 def is_complete(logs: list[TrainLog]) -> bool:
-    """Whether every log holds the numbers that a summary needs."""
-    needed = [(log.final, log.artifact_bytes, log.steps, log.step_ms, log.eval_s, log.seed) for log in logs]
-    return bool(logs) and not any(None in row for row in needed)
+    """Whether every log holds what a summary needs."""
+    return bool(logs) and all(read_numbers(log) for log in logs)
 
 
 def describe_hardware(log: TrainLog) -> str:
@@ -45,25 +74,25 @@ def describe_hardware(log: TrainLog) -> str:
     return f"{name}, {hardware.get('dtype')}, Python {log.last('versions').get('python')}"
 
 
-def describe_seed(log: TrainLog) -> dict[str, Any]:
+def describe_seed(run: Numbers) -> dict[str, Any]:
     """The row of a seed in seed_results."""
-    step_ms = round(log.step_ms, 3)
-    row = (log.final.loss, log.final.bpb, log.artifact_bytes, log.steps, step_ms, log.eval_s)
+    row = (run.loss, run.bpb, run.artifact_bytes, run.steps, round(run.step_ms, 3), run.eval_s)
     return dict(zip(SEED_FIELDS, row))
 
 
 def describe_runs(logs: list[TrainLog], code_bytes: int, track: Track) -> dict[str, Any]:
     """The fields of submission.json that follow from the logs."""
-    losses = [log.final.loss for log in logs]
-    scores = [log.final.bpb for log in logs]
-    largest = max(log.artifact_bytes for log in logs)
+    runs = [require_numbers(log) for log in logs]
+    losses = [run.loss for run in runs]
+    scores = [run.bpb for run in runs]
+    largest = max(run.artifact_bytes for run in runs)
     return dict(
         val_loss=round(mean(losses), 8),
         val_bpb=round(mean(scores), 8),
         val_loss_std=round(sample_std(losses), 8),
         val_bpb_std=round(sample_std(scores), 8),
-        seeds=[log.seed for log in logs],
-        seed_results={str(log.seed): describe_seed(log) for log in logs},
+        seeds=[run.seed for run in runs],
+        seed_results={str(run.seed): describe_seed(run) for run in runs},
         bytes_total=track.count_bytes(largest, code_bytes),
         bytes_code=code_bytes,
         hardware=describe_hardware(logs[0]),
@@ -87,18 +116,19 @@ def result_lines(logs: list[TrainLog], code_bytes: int, track: Track) -> list[st
 
 
 def seed_cells(log: TrainLog) -> list[str]:
+    run = require_numbers(log)
     result = log.last("result")
     diagnostics = [result.get(name) for name in ("bpb_trained", "bpb_plain")]
     return [
-        str(log.seed),
-        f"{log.final.bpb:.5f}",
-        f"{log.final.loss:.5f}",
+        str(run.seed),
+        f"{run.bpb:.5f}",
+        f"{run.loss:.5f}",
         *("-" if text is None else f"{float(text):.5f}" for text in diagnostics),
-        str(log.steps),
-        f"{log.step_ms:.1f}",
-        f"{log.train_s:.1f}",
-        f"{log.eval_s:.1f}",
-        f"{log.artifact_bytes:,}",
+        str(run.steps),
+        f"{run.step_ms:.1f}",
+        f"{run.train_s:.1f}",
+        f"{run.eval_s:.1f}",
+        f"{run.artifact_bytes:,}",
     ]
 
 
