@@ -578,7 +578,7 @@ def test_artifacts_are_scored_again(short_record, dataset, capfd, monkeypatch):
     bpb = read_json(short_record)["seed_results"]["42"]["val_bpb"]
     code, row, err = score_again(short_record, dataset, capfd)
     assert code == 0 and re.fullmatch(rf"score_again +ok +seed 42: \S+ \(log {bpb:.8f}\)", row)
-    assert "# scoring artifact_seed42.lg (1 of 1)" in err
+    assert re.match(r"# scoring artifact_seed42.lg \(1 of 1\)\n# expected to take \S+ s\n", err)
     in_result(val_bpb="1.00000000")(short_record)
     code, row, _ = score_again(short_record, dataset, capfd)
     assert code == 4 and re.fullmatch(
@@ -618,12 +618,13 @@ def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
     for path in damaged.glob("*.lg"):
         flip(path, 2000)
     for folder, options, code, message in (
-        (pocket, [], 2, "--score needs --data_path"),
-        (gpus, ["--data_path=x"], 2, "no artifacts"),
-        (damaged, ["--data_path=x"], 4, "artifact_seed42.lg: its digest does not match"),
+        (pocket, ["--score"], 2, "--score needs --data_path"),
+        (pocket, ["--data_path=x"], 2, "add --score"),
+        (gpus, ["--score", "--data_path=x"], 2, "no artifacts"),
+        (damaged, ["--score", "--data-path=x"], 4, "artifact_seed42.lg: its digest does not match"),
     ):
         capsys.readouterr()
-        assert record.main(["check", str(folder), "--static", "--score", *options]) == code
+        assert record.main(["check", str(folder), "--static", *options]) == code
         told = capsys.readouterr()
         assert message in told.err + told.out
 

@@ -183,6 +183,8 @@ def check(folder: Path, static: bool, score: bool, data_path: Path | None, devic
         raise RunError(f"{folder}: no such folder")
     if score and data_path is None:
         raise RunError("--score needs --data_path, the dataset folder with the validation text of the record")
+    if data_path is not None and not score:
+        raise RunError("--data_path says what to --score; add --score or leave it out")
     entry = read_entry(folder)
     verdicts = judge(entry, static)
     if score and data_path is not None:

@@ -244,7 +244,7 @@ def code(entry: Entry) -> Found:
     if not entry.script:
         return
     if not entry.ours:
-        yield from code_of_strangers(entry, entry.script)
+        yield from code_of_others(entry, entry.script)
         return
     human = read_human(entry)
     sources = split_sources(human)
@@ -301,7 +301,7 @@ def python_of(entry: Entry) -> tuple[int, ...]:
     return tuple(int(word) for word in words if word.isdigit())
 
 
-def code_of_strangers(entry: Entry, script: Path) -> Found:
+def code_of_others(entry: Entry, script: Path) -> Found:
     try:
         tree, _ = unwrap(script.read_bytes())
     except (ScriptError, Unreadable):

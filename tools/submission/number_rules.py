@@ -75,14 +75,14 @@ def scores(entry: Entry) -> Found:
                     yield BAD, f"seed {seed}: {name} is {values.get(name)}, its log says {row.get(name)}"
             yield OK, f"{len(row)} numbers of each of {len(claims)} seeds"
         else:
-            yield from scores_of_strangers(seed, values, log)
+            yield from scores_of_others(seed, values, log)
 
 
 def find_log(entry: Entry, seed: int) -> TrainLog | None:
     return next((log for log in entry.logs if seed in (log.seed, log.name_seed)), None)
 
 
-def scores_of_strangers(seed: int, values: dict[str, Any], log: TrainLog) -> Found:
+def scores_of_others(seed: int, values: dict[str, Any], log: TrainLog) -> Found:
     if log.final is None:
         return
     score = find_stated_score(values, log)
@@ -192,7 +192,7 @@ def deviations(entry: Entry) -> Found:
 def sizes(entry: Entry) -> Found:
     """The stated bytes are those of the script in the folder and of the artifacts in the logs."""
     if not entry.ours:
-        yield from sizes_of_strangers(entry)
+        yield from sizes_of_others(entry)
         return
     yield from compare_fields(entry, ("bytes_total", "bytes_code"))
     for log in entry.logs:
@@ -203,7 +203,7 @@ def sizes(entry: Entry) -> Found:
             yield BAD, f"{log.who}: code_bytes {log.code_bytes} is neither the script's size nor the reserve"
 
 
-def sizes_of_strangers(entry: Entry) -> Found:
+def sizes_of_others(entry: Entry) -> Found:
     here = entry.code_bytes
     codes = [log.code_bytes for log in entry.logs if log.code_bytes] + ([here] if here else [])
     logged = [log.total_bytes for log in entry.logs if log.total_bytes]
@@ -223,7 +223,7 @@ def sizes_of_strangers(entry: Entry) -> Found:
 
 @rule
 def limit(entry: Entry) -> Found:
-    """What the track counts, the artifact and mostly the code, stays within its byte limit for every seed."""
+    """What the track counts, the artifact and in most tracks the code, is within its byte limit for every seed."""
     track = entry.track_or_any
     code_here = count_code_bytes(entry)
     level = BAD if entry.is_settled else UNKNOWN
@@ -306,7 +306,7 @@ def readme(entry: Entry) -> Found:
         yield BAD, "README.md is missing or empty"
         return
     if not entry.ours:
-        yield from readme_of_strangers(entry)
+        yield from readme_of_others(entry)
         return
     if not is_complete(entry.logs) or not entry.script:
         yield UNKNOWN, "the logs are incomplete"
@@ -323,7 +323,7 @@ def readme(entry: Entry) -> Found:
     yield OK, "headline, table and command are what the logs make them"
 
 
-def readme_of_strangers(entry: Entry) -> Found:
+def readme_of_others(entry: Entry) -> Found:
     """Rows of tables that start with a seed: what looks like a score must be in that seed's log."""
     n_rows = 0
     for row in re.findall(r"^\|(.+)\|\s*$", entry.readme or "", re.MULTILINE):

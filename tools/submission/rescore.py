@@ -68,6 +68,8 @@ def score_artifact(path: Path, log: TrainLog, data_path: Path, device: str) -> d
                 child.terminate()
                 digests = f"sha256 {line.values.get('sha256', '')[:16]} instead of {(expected or 'unknown')[:16]}"
                 raise RunError(f"{data_path}: not the validation text that the record was scored on ({digests})")
+            if line and line.event == "forecast":
+                print(f"# expected to take {line.values.get('seconds')} s", file=sys.stderr, flush=True)
             if line and line.event == "result":
                 result = line.values
     if child.returncode or not result:
