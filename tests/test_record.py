@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def copy_record(folders: dict[str, Path], track: str, root: Path) -> Path:
     return shutil.copytree(folders[track], root / track / NAME)
 
 
-def edit(path: Path, pattern: str, new: str | Callable[[re.Match[str]], str], count: int = 0) -> None:
+def edit(path: Path, pattern: str, new: str, count: int = 0) -> None:
     before = path.read_text(encoding="utf-8")
     after = re.sub(pattern, new, before, count=count, flags=re.MULTILINE)
     assert after != before, f"{pattern} is not in {path.name}"
@@ -82,12 +82,6 @@ def edit(path: Path, pattern: str, new: str | Callable[[re.Match[str]], str], co
 
 def read_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "submission.json").read_text())
-
-
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
 
 
 def log_of(folder: Path, seed: int | str = 42) -> Path:
@@ -177,255 +171,200 @@ def test_a_track_is_a_row_of_the_table(dataset, tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Fault(NamedTuple):
-    rules: str
-    name: str
-    plant: Callable[[Path], Path | None]
+def in_log(folder: Path, pattern: str, new: str, seeds: tuple[int, ...] = (42,)) -> None:
+    for seed in seeds:
+        edit(log_of(folder, seed), pattern, new)
 
 
-def in_log(pattern: str, new: str | Callable[[re.Match[str]], str], seeds: tuple[int, ...] = (42,)):
-    """Edits logs."""
-
-    def plant(folder: Path) -> None:
-        for seed in seeds:
-            edit(log_of(folder, seed), pattern, new)
-
-    return plant
-
-
-def in_result(**values: str):
+def in_result(folder: Path, **values: str) -> None:
     """Other values in the result line, and in the lines above it that say the same."""
-
-    def plant(folder: Path) -> None:
-        for name, value in values.items():
-            if name == "train_s":
-                edit(log_of(folder), r"^(clock what:stop used_s:)\S+", rf"\g<1>{value}")
-            if name == "skipped":
-                edit(log_of(folder), r"^(score what:artifact .*skipped:)\S+", rf"\g<1>{value}")
-            edit(log_of(folder), rf"^(result .*\b{name}:)\S+", rf"\g<1>{value}")
-
-    return plant
+    for name, value in values.items():
+        if name == "train_s":
+            in_log(folder, r"^(clock what:stop used_s:)\S+", rf"\g<1>{value}")
+        if name == "skipped":
+            in_log(folder, r"^(score what:artifact .*skipped:)\S+", rf"\g<1>{value}")
+        in_log(folder, rf"^(result .*\b{name}:)\S+", rf"\g<1>{value}")
 
 
-def in_json(change: Callable[[dict[str, Any]], Any]):
-    """Changes submission.json."""
-
-    def plant(folder: Path) -> None:
-        data = read_json(folder)
-        change(data)
-        (folder / "submission.json").write_text(json.dumps(data, indent=2))
-
-    return plant
+def in_json(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = read_json(folder)
+    change(data)
+    (folder / "submission.json").write_text(json.dumps(data, indent=2))
 
 
-def in_seed(**values: Any):
-    """Other numbers in submission.json for seed 42; None removes one."""
-
-    def change(data: dict[str, Any]) -> None:
-        row = data["seed_results"]["42"] | values
-        data["seed_results"]["42"] = {name: value for name, value in row.items() if value is not None}
-
-    return in_json(change)
+def set_json(folder: Path, **values: Any) -> None:
+    in_json(folder, lambda data: data.update(values))
 
 
-def adding(**steps: float):
-    """Adds to numbers of submission.json."""
-    return in_json(lambda data: data.update({name: round(data[name] + step, 8) for name, step in steps.items()}))
+def add_json(folder: Path, name: str, step: float) -> None:
+    in_json(folder, lambda data: data.update({name: round(data[name] + step, 8)}))
 
 
-def setting(**values: Any):
-    return in_json(lambda data: data.update(values))
+def set_seed(folder: Path, **values: Any) -> None:
+    in_json(folder, lambda data: data["seed_results"]["42"].update(values))
 
 
-def in_readme(pattern: str, new: str | Callable[[re.Match[str]], str]):
-    return lambda folder: edit(folder / "README.md", pattern, new)
+def in_file(folder: Path, name: str, pattern: str, new: str) -> None:
+    edit(folder / name, pattern, new, count=1)
 
 
-def without(name: str):
-    return lambda folder: (folder / name).unlink()
+def remove(folder: Path, name: str) -> None:
+    (folder / name).unlink()
 
 
-def append(name: str, text: str):
-    def plant(folder: Path) -> None:
-        with open(folder / name, "a") as file:
-            file.write(text)
-
-    return plant
+def append(folder: Path, name: str, text: str) -> None:
+    with open(folder / name, "a") as file:
+        file.write(text)
 
 
-def overwrite(name: str, text: str):
-    def plant(folder: Path) -> None:
-        (folder / name).write_text(text)
+def flip_bit(folder: Path, name: str, at: int = 2000) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
 
-    return plant
+
+def copy(folder: Path, name: str, target: str) -> None:
+    shutil.copyfile(folder / name, folder / target)
 
 
-def both(first: Callable[[Path], None], second: Callable[[Path], None]):
-    def plant(folder: Path) -> None:
-        first(folder)
-        second(folder)
+def replace_script(folder: Path, text: str) -> None:
+    (folder / "train_gpt.py").write_text(text)
 
-    return plant
+
+def change_mean(folder: Path) -> None:
+    add_json(folder, "val_bpb", -1e-5)
+    in_file(folder, "README.md", r"\*\*val_bpb \d", "**val_bpb 0")
+
+
+def change_score(folder: Path) -> None:
+    in_result(folder, val_bpb="1.00000000")
+    in_log(folder, r"^(score what:artifact .*val_bpb:)\S+", r"\g<1>1.00000000")
+
+
+def change_limit(folder: Path) -> None:
+    in_log(folder, r"^(config name:byte_limit value:)\d+", r"\g<1>17000000")
+    in_result(folder, limit="17000000")
 
 
 def one_byte_too_many(folder: Path) -> None:
-    code = (folder / "train_gpt.py").stat().st_size
-    in_result(artifact_bytes=str(16_000_001 - code), total_bytes=str(16_000_001 - code + RUN["code_reserve"]))(folder)
+    artifact = 16_000_001 - (folder / "train_gpt.py").stat().st_size
+    in_result(folder, artifact_bytes=str(artifact), total_bytes=str(artifact + RUN["code_reserve"]))
 
 
-def by_size(folder: Path) -> list[str]:
+def sort_by_size(folder: Path) -> list[str]:
     """The seeds, that with the smallest artifact first."""
     rows = read_json(folder)["seed_results"]
     return sorted(rows, key=lambda seed: rows[seed]["artifact_bytes"])
 
 
-def log_under_another_name(folder: Path) -> None:
-    smallest, *_, largest = by_size(folder)
-    log_of(folder, largest).write_text(log_of(folder, smallest).read_text())
+def copy_another_log(folder: Path) -> None:
+    """The log of one seed under the name of another, which had the largest artifact."""
+    smallest, *_, largest = sort_by_size(folder)
+    copy(folder, f"train_seed{smallest}.log", f"train_seed{largest}.log")
 
 
-def no_such_track(folder: Path) -> Path:
-    setting(track="track_5min")(folder)
-    return folder.rename(folder.parent.parent / folder.name)
+def leave_two_seeds(folder: Path) -> None:
+    log_of(folder, sort_by_size(folder)[0]).unlink()
 
 
-def flipped(name: str, at: int | None = None):
-    def plant(folder: Path) -> None:
-        path = folder / name
-        flip(path, path.stat().st_size // 2 if at is None else at)
-
-    return plant
-
-
-def copied(name: str, target: str):
-    def plant(folder: Path) -> None:
-        shutil.copyfile(folder / name, folder / target)
-
-    return plant
-
-
+CONFIG = "^(config name:{} value:)\\S+"
 FAULTS = [
     # numbers in submission.json and README.md
-    Fault("means readme", "wrong mean", both(adding(val_bpb=-1e-5), in_readme(r"\*\*val_bpb \d", "**val_bpb 0"))),
-    Fault("means", "mean moved in its last decimal", adding(val_bpb=-1e-8)),
-    Fault("means", "wrong mean loss", adding(val_loss=0.001)),
-    Fault("deviations", "wrong deviation", in_json(lambda data: data.update(val_bpb_std=data["val_bpb_std"] * 0.8))),
-    Fault("readme", "score edited", in_readme(r"^(\| 1337 \| \d\.\d{4})\d", lambda m: m[1] + "x")),
-    Fault("readme", "command edited", in_readme(r"--iterations=4", "--iterations=5")),
-    Fault("scores", "a seed scored better", in_seed(val_bpb=1.0)),
-    Fault("scores", "a seed with fewer steps", in_seed(steps=3)),
-    Fault("scores", "a faster seed", in_seed(step_avg_ms=0.001)),
-    Fault("submission_json scores", "a seed without its time", in_seed(eval_time_s=None)),
-    Fault("sizes", "wrong total", adding(bytes_total=-1)),
-    Fault("sizes", "wrong size of the code", adding(bytes_code=-1)),
+    ("means readme", change_mean),
+    ("means", add_json, "val_bpb", -1e-8),
+    ("means", add_json, "val_loss", 0.001),
+    ("deviations", add_json, "val_bpb_std", 0.001),
+    ("readme", in_file, "README.md", r"^(\| 1337 \| \d\.\d{4})\d", r"\1x"),
+    ("readme", in_file, "README.md", r"--iterations=4", "--iterations=5"),
+    ("scores", set_seed, dict(val_bpb=1.0)),
+    ("scores", set_seed, dict(steps=3)),
+    ("scores", set_seed, dict(step_avg_ms=0.001)),
+    ("submission_json scores", in_json, lambda data: data["seed_results"]["42"].pop("eval_time_s")),
+    ("sizes", add_json, "bytes_total", -1),
+    ("sizes", add_json, "bytes_code", -1),
     # limits
-    Fault("limit scores sizes readme", "one byte too many", one_byte_too_many),
-    Fault(
-        "limit same_run readme",
-        "another limit",
-        both(in_log(r"^(config name:byte_limit value:)\d+", r"\g<1>17000000"), in_result(limit="17000000")),
-    ),
-    Fault("train_time scores readme", "training a second too long", in_result(train_s="601.0000")),
-    Fault("eval_time scores readme", "scoring a second too long", in_result(eval_s="601.0000")),
-    Fault("updates", "updates skipped", in_result(skipped="3")),
-    Fault("updates", "scoring over its budget", in_result(eval_fits="no")),
-    # logs
-    Fault("log_sums scores readme", "a clock that says otherwise", in_log(r"^(result .*train_s:)\S+", r"\g<1>0.0100")),
-    Fault("log_sums scores means deviations readme", "result line edited", in_result(val_bpb="1.00000000")),
-    Fault(
-        "log_sums scores means deviations readme",
-        "score line edited as well",
-        both(in_result(val_bpb="1.00000000"), in_log(r"^(score what:artifact .*val_bpb:)\S+", r"\g<1>1.00000000")),
-    ),
-    Fault("log_sums", "skipped only where it was scored", in_log(r"^(score what:artifact .*skipped:)0", r"\g<1>1")),
-    Fault(
-        "validation log_sums",
-        "tokens left out",
-        in_log(r"^(score what:artifact .* tokens:)(\d+)", lambda m: f"{m[1]}{int(m[2]) - 1}"),
-    ),
-    Fault(
-        "validation",
-        "a prefix scored",
-        in_log(r"^(data split:val .*tokens:)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
-    ),
-    Fault(
-        "validation same_run",
-        "a small validation set",
-        in_log(r"^(config name:vocab_size value:)\d+", r"\g<1>1024", (1337,)),
-    ),
-    Fault("log_end", "no result line", in_log(r"^result .*\n", "")),
-    Fault("log_end", "cut off in the last line", in_log(r"(?s).{100}\Z", "")),
-    Fault("log_end", "a log that goes on", append("train_seed42.log", "train step:5 train_loss:5.0\n")),
-    Fault("seeds scores means deviations sizes readme", "a log under another seed's name", log_under_another_name),
-    Fault(
-        "same_run readme",
-        "another config",
-        in_log(r"^(config name:matrix_lr value:)\S+ source:\w+", r"\g<1>0.5 source:cli"),
-    ),
-    Fault("same_run code", "other code", in_log(r"code_sha256:\w", "code_sha256:x")),
-    Fault("same_run", "other data", in_log(r"^(data split:train .*sha256:)\w", r"\g<1>x")),
-    Fault("log_sums", "the config of another seed", in_log(r"^(config name:seed value:)\d+", r"\g<1>7")),
-    Fault(
-        "seeds means deviations readme", "two seeds only", lambda folder: log_of(folder, by_size(folder)[0]).unlink()
-    ),
-    Fault("seeds", "seeds that were not run", setting(seeds=[42, 1337, 7])),
+    ("limit scores sizes readme", one_byte_too_many),
+    ("limit same_run readme", change_limit),
+    ("train_time scores readme", in_result, dict(train_s="601.0000")),
+    ("eval_time scores readme", in_result, dict(eval_s="601.0000")),
+    ("updates", in_result, dict(skipped="3")),
+    ("updates", in_result, dict(eval_fits="no")),
+    # logs that say something twice, and not the same
+    ("log_sums scores readme", in_log, r"^(result .*train_s:)\S+", r"\g<1>0.0100"),
+    ("log_sums scores means deviations readme", in_result, dict(val_bpb="1.00000000")),
+    ("log_sums scores means deviations readme", change_score),
+    ("log_sums", in_log, r"^(score what:artifact .*skipped:)0", r"\g<1>1"),
+    ("log_sums", in_log, CONFIG.format("seed"), r"\g<1>7"),
+    ("validation log_sums", in_log, r"^(score what:artifact .* tokens:)(\d+)", r"\g<1>1\2"),
+    ("validation", in_log, r"^(data split:val .*tokens:)(\d+)", r"\g<1>1\2"),
+    # logs that are cut off, that go on, that are of other runs
+    ("log_end", in_log, r"^result .*\n", ""),
+    ("log_end", in_log, r"(?s).{100}\Z", ""),
+    ("log_end", append, "train_seed42.log", "train step:5 train_loss:5.0\n"),
+    ("seeds scores means deviations sizes readme", copy_another_log),
+    ("seeds means deviations readme", leave_two_seeds),
+    ("seeds", set_json, dict(seeds=[42, 1337, 7])),
+    ("same_run validation", in_log, CONFIG.format("vocab_size"), r"\g<1>1024", (1337,)),
+    ("same_run", in_log, CONFIG.format("matrix_lr"), r"\g<1>0.5"),
+    ("same_run", in_log, r"^(data split:train .*sha256:)\w", r"\g<1>x"),
+    ("same_run code", in_log, r"code_sha256:\w", "code_sha256:x"),
     # track
-    Fault("track environment readme", "too few GPUs", in_log(r" world:8 ", " world:4 ", SEEDS)),
-    Fault("track environment same_run", "another GPU", in_log(r"H100", "A100")),
-    Fault("track", "another track", setting(track="track_1gpu_16mb")),
-    Fault("track", "no such track", no_such_track),
-    Fault("environment", "other versions", setting(pytorch_version="1.0")),
+    ("track environment readme", in_log, r" world:8 ", " world:4 ", SEEDS),
+    ("track environment same_run", in_log, r"H100", "A100"),
+    ("track", set_json, dict(track="track_1gpu_16mb")),
+    ("environment", set_json, dict(pytorch_version="1.0")),
     # submission.json as a form
-    Fault("date", "a date that is none", setting(date="1st of May")),
-    Fault("date", "another date than the folder's", setting(date="2026-05-02")),
-    Fault("submission_json means", "a number as text", in_json(lambda data: data.update(val_bpb=str(data["val_bpb"])))),
-    Fault("submission_json", "no author", in_json(lambda data: data.pop("author"))),
-    Fault("submission_json", "seeds as text", setting(seeds="42, 1337, 2024")),
-    Fault(
-        "submission_json date seeds means deviations sizes environment",
-        "not JSON",
-        lambda folder: edit(folder / "submission.json", r"\}\n*\Z", ""),
-    ),
+    ("date", set_json, dict(date="1st of May")),
+    ("date", set_json, dict(date="2026-05-02")),
+    ("submission_json means", in_json, lambda data: data.update(val_bpb=str(data["val_bpb"]))),
+    ("submission_json", in_json, lambda data: data.pop("author")),
+    ("submission_json", set_json, dict(seeds="42, 1337, 2024")),
+    ("submission_json date seeds means deviations sizes environment", in_file, "submission.json", r"\}\n*\Z", ""),
     # files
-    Fault("files readme", "no README", without("README.md")),
-    Fault("files", "no requirements", without("requirements.txt")),
-    Fault("files script", "no script", without("train_gpt.py")),
-    Fault("files code", "no readable source", without("train_gpt_human.py")),
-    Fault("code sizes readme", "a longer script", append("train_gpt.py", "\n")),
-    Fault(
-        "code",
-        "another readable source",
-        lambda folder: edit(folder / "train_gpt_human.py", r"learning rate", "learning speed", count=1),
-    ),
-    Fault(
-        "script code sizes readme",
-        "a script that does not compile",
-        overwrite("train_gpt.py", "def main(:\n"),
-    ),
-    Fault("script code", "a script that does not unzip", flipped("train_gpt.py")),
+    ("files readme", remove, "README.md"),
+    ("files", remove, "requirements.txt"),
+    ("files script", remove, "train_gpt.py"),
+    ("files code", remove, "train_gpt_human.py"),
+    ("code sizes readme", append, "train_gpt.py", "\n"),
+    ("code", in_file, "train_gpt_human.py", r"learning rate", "learning speed"),
+    ("script code sizes readme", replace_script, "def main(:\n"),
+    ("script code", flip_bit, "train_gpt.py", 10_000),
 ]
 POCKET_FAULTS = [
-    Fault("train_tokens readme", "runs by the clock", in_log(r"^(config name:iterations value:)\d+", r"\g<1>0", SEEDS)),
-    Fault("train_tokens", "fewer tokens", in_log(r"^(result .* tokens:)\d+", r"\g<1>100")),
-    Fault("artifacts", "a flipped bit", flipped("artifact_seed42.lg", 2000)),
-    Fault("artifacts", "the artifact of another seed", copied("artifact_seed1337.lg", "artifact_seed42.lg")),
-    Fault("artifacts", "an artifact too many", copied("artifact_seed42.lg", "artifact_seed7.lg")),
-    Fault("artifacts", "another tokenizer", flipped("tokenizer.model", 100)),
-    Fault("files", "an artifact missing", without("artifact_seed42.lg")),
+    ("train_tokens readme", in_log, CONFIG.format("iterations"), r"\g<1>0", SEEDS),
+    ("train_tokens", in_log, r"^(result .* tokens:)\d+", r"\g<1>100"),
+    ("artifacts", flip_bit, "artifact_seed42.lg"),
+    ("artifacts", copy, "artifact_seed1337.lg", "artifact_seed42.lg"),
+    ("artifacts", copy, "artifact_seed42.lg", "artifact_seed7.lg"),
+    ("artifacts", flip_bit, "tokenizer.model", 100),
+    ("files", remove, "artifact_seed42.lg"),
 ]
+
+
+def plant(fault: tuple[Any, ...], folder: Path) -> None:
+    """`fault` is what is done to a folder, and with what; a dict holds named arguments."""
+    act, *given = fault
+    named = given.pop() if given and isinstance(given[-1], dict) else {}
+    act(folder, *given, **named)
 
 
 @pytest.mark.parametrize(("track", "faults"), [("track_10min_16mb", FAULTS), ("track_pocket", POCKET_FAULTS)])
 def test_planted_faults_are_found_by_their_rules(track, faults, folders, tmp_path):
     wrong = []
-    for number, fault in enumerate(faults):
+    for number, (rules, *fault) in enumerate(faults):
         folder = copy_record(folders, track, tmp_path / str(number))
-        folder = fault.plant(folder) or folder
+        plant(fault, folder)
         found = violated(folder)
-        if found != set(fault.rules.split()):
-            wrong.append(f"{fault.name}: {' '.join(sorted(found))}, not {fault.rules}")
+        if found != set(rules.split()):
+            wrong.append(f"{fault}: {' '.join(sorted(found))}, not {rules}")
         shutil.rmtree(folder)
     assert not wrong
+
+
+def test_no_such_track(folders, tmp_path):
+    folder = shutil.copytree(folders["track_10min_16mb"], tmp_path / NAME)
+    set_json(folder, track="track_5min")
+    assert violated(folder) == {"track"}
 
 
 UPDATES = r" updates:\S+ skipped:\S+"
@@ -433,24 +372,27 @@ UPDATES = r" updates:\S+ skipped:\S+"
 
 def test_what_logs_tell_of_updates(folders, tmp_path):
     """The verdict of `updates` for each state of a log; older ones have the fields where they score, or nowhere."""
-    table = [
-        ("as it is", OK, []),
-        ("older, adaptive", OK, [in_log(rf"^(result .*){UPDATES}", r"\1")]),
-        ("older, skipped", BAD, [in_log(r"^(score .*skipped:)0", r"\g<1>5"), in_log(rf"^(result .*){UPDATES}", r"\1")]),
-        ("plain, without fields", OK, [in_log(UPDATES, "")]),
-        ("adaptive, without fields", UNKNOWN, [in_log(UPDATES, ""), in_log(r"score_mode:plain", "score_mode:lora")]),
-        ("unknown mode, without fields", UNKNOWN, [in_log(UPDATES, ""), in_log(r"mode:plain", "mode:later")]),
-        ("no number", UNKNOWN, [in_log(r"skipped:0", "skipped:x"), in_log(r"mode:plain", "mode:lora")]),
-        ("skipped", BAD, [in_result(skipped="1")]),
-        ("over its budget", BAD, [in_result(eval_fits="no")]),
-        ("without eval_fits", OK, [in_log(r" eval_fits:yes", "")]),
-    ]
-    for name, verdict, plants in table:
-        folder = copy_record(folders, "track_pocket", tmp_path / name)
-        for plant in plants:
-            plant(folder)
+    not_in_result = (in_log, rf"^(result .*){UPDATES}", r"\1")
+    nowhere = (in_log, UPDATES, "")
+    for number, (verdict, *faults) in enumerate(
+        [
+            (OK,),
+            (OK, not_in_result),
+            (BAD, (in_log, r"^(score .*skipped:)0", r"\g<1>5"), not_in_result),
+            (OK, nowhere),  # plain
+            (UNKNOWN, nowhere, (in_log, r"mode:plain", "mode:lora")),
+            (UNKNOWN, nowhere, (in_log, r"mode:plain", "mode:of_the_future")),
+            (UNKNOWN, (in_log, r"skipped:0", "skipped:x"), (in_log, r"mode:plain", "mode:lora")),
+            (BAD, (in_result, dict(skipped="1"))),
+            (BAD, (in_result, dict(eval_fits="no"))),
+            (OK, (in_log, r" eval_fits:yes", "")),
+        ]
+    ):
+        folder = copy_record(folders, "track_pocket", tmp_path / str(number))
+        for fault in faults:
+            plant(fault, folder)
         found = [level for level, _ in RULES["updates"](read_entry(folder))]
-        assert max(found, key=[OK, UNKNOWN, BAD].index) == verdict, name
+        assert max(found, key=[OK, UNKNOWN, BAD].index) == verdict, faults
 
 
 def test_scripts_of_earlier_packers(folders, tmp_path, monkeypatch):
@@ -477,7 +419,7 @@ def test_scripts_of_earlier_packers(folders, tmp_path, monkeypatch):
 
 def test_the_exit_code_tells(folders, tmp_path, capsys):
     folder = copy_record(folders, "track_10min_16mb", tmp_path)
-    setting(val_bpb=1.0)(folder)
+    set_json(folder, val_bpb=1.0)
     assert record.main(["check", str(folder), "--static"]) == 4
     assert re.search(r"^means +violated +val_bpb is 1.0, the logs make", capsys.readouterr().out, re.MULTILINE)
     assert record.main(["check", str(tmp_path / "nowhere")]) == 2
@@ -579,7 +521,7 @@ def test_artifacts_are_scored_again(short_record, dataset, capfd, monkeypatch):
     code, row, err = score_again(short_record, dataset, capfd)
     assert code == 0 and re.fullmatch(rf"score_again +ok +seed 42: \S+ \(log {bpb:.8f}\)", row)
     assert re.match(r"# scoring artifact_seed42.lg \(1 of 1\)\n# expected to take \S+ s\n", err)
-    in_result(val_bpb="1.00000000")(short_record)
+    in_result(short_record, val_bpb="1.00000000")
     code, row, _ = score_again(short_record, dataset, capfd)
     assert code == 4 and re.fullmatch(
         r"score_again +violated +seed 42: the file scores \S+, its log says 1.00000000", row
@@ -616,7 +558,7 @@ def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
     pocket, gpus = folders["track_pocket"], folders["track_10min_16mb"]
     damaged = copy_record(folders, "track_pocket", tmp_path)
     for path in damaged.glob("*.lg"):
-        flip(path, 2000)
+        flip_bit(damaged, path.name)
     for folder, options, code, message in (
         (pocket, ["--score"], 2, "--score needs --data_path"),
         (pocket, ["--data_path=x"], 2, "add --score"),
