@@ -1,32 +1,42 @@
 """tools.record: a folder that it builds is sound; every fault that is planted in one is found, by the right rule; what it
 says of strangers' folders; and which of two records is better."""
 
+import bz2
 import json
 import math
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from helpers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tools.pack
 import train_gpt
+from data.shards import write_shard
 from tools import record
-from tools.submission import stats
+from tools.submission import folder_rules, stats
 from tools.submission.entry import read_entry
-from tools.submission.folder_rules import code
+from tools.submission.rescore import compare_score
 from tools.submission.rules import RULES, judge
+from tools.submission.script import counted_sources, join_sources
+from tools.submission.summary import config_of
+from tools.submission.tracks import TRACKS
 from tools.submission.trainlog import read_train_log
 from tools.submission.verdicts import BAD, OK, UNKNOWN
 
 SEEDS = (42, 1337, 2024)
-RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=24_000, score_tokens=0, also="trained,plain")
+RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=40_000, score_tokens=400, also="trained,plain")
 META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Four steps of a tiny model."]
+DESCRIPTION = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb="Four steps.", date="2026-05-01")
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
+NAME = "2026-05-01_Tiny"
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +46,31 @@ def runs(dataset, tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def built(runs, tmp_path_factory) -> tuple[Path, list]:
-    """A pocket record of real runs, and what its own check said of it."""
-    out = tmp_path_factory.mktemp("built") / "track_pocket" / "2026-05-01_Tiny"
-    out.parent.mkdir()
-    meta = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb="Four steps.", date="2026-05-01")
-    return out, record.build(out, runs, meta | dict(track="track_pocket"))
-
-
-@pytest.fixture(scope="module")
-def folders(runs, built, tmp_path_factory) -> dict[str, Path]:
-    """The pocket record; and one of the GPU track, whose logs claim the hardware that it asks for."""
+def folders(dataset, runs, tmp_path_factory) -> dict[str, Path]:
+    """A record of the pocket track; and one of the GPU track, whose logs claim the hardware that it asks for and all
+    of the validation text."""
     root = tmp_path_factory.mktemp("records")
-    pocket, gpus = built[0], root / "track_10min_16mb" / "2026-05-01_Tiny"
-    gpus.mkdir(parents=True)
     claimed = [shutil.copytree(run, root / "claimed" / run.name) for run in runs]
     for run in claimed:
         edit(run / "log.txt", r"^hardware .*$", GPUS)
-    written = json.loads((pocket / "submission.json").read_text())
-    meta = {name: written[name] for name in ("author", "github_id", "name", "blurb", "date")}
-    record.write_folder(
-        gpus, [record.read_run(run) for run in claimed], claimed, (pocket / "train_gpt.py").read_bytes(),
-        meta | dict(track=gpus.parent.name),
-    )  # fmt: skip
-    return {pocket.parent.name: pocket, gpus.parent.name: gpus}
+        edit(run / "log.txt", r"^(data split:val .*tokens:)\d+", r"\g<1>400")
+    return {
+        "track_pocket": write_record(root / "track_pocket" / NAME, runs),
+        "track_10min_16mb": write_record(root / "track_10min_16mb" / NAME, claimed),
+    }
+
+
+def write_record(folder: Path, runs: list[Path]) -> Path:
+    """A submission as `record build` writes it, without its checks."""
+    folder.mkdir(parents=True)
+    logs = [record.read_run(run) for run in runs]
+    human = join_sources(counted_sources(config_of(logs[0])))
+    record.write_folder(folder, logs, runs, human, DESCRIPTION | dict(track=folder.parent.name))
+    return folder
+
+
+def copy_record(folders: dict[str, Path], track: str, root: Path) -> Path:
+    return shutil.copytree(folders[track], root / track / NAME)
 
 
 def edit(path: Path, pattern: str, new: str, count: int = 0) -> None:
@@ -69,17 +80,12 @@ def edit(path: Path, pattern: str, new: str, count: int = 0) -> None:
     path.write_text(after, encoding="utf-8")
 
 
-def edit_json(folder: Path, change) -> None:
-    path = folder / "submission.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data, indent=2))
+def read_json(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "submission.json").read_text())
 
 
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+def log_of(folder: Path, seed: int | str = 42) -> Path:
+    return folder / f"train_seed{seed}.log"
 
 
 def violated(folder: Path) -> set[str]:
@@ -91,15 +97,22 @@ def violated(folder: Path) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_built_is_sound(built, folders, capsys):
-    verdicts = built[1]
-    assert len(verdicts) == len(RULES) and {v.verdict for v in verdicts} == {OK}, [
-        v for v in verdicts if v.verdict != OK
-    ]
+@pytest.mark.slow
+def test_what_is_built_is_sound(runs, tmp_path, capsys):
+    out = tmp_path / "track_pocket" / NAME
+    out.parent.mkdir()
+    assert record.main(["build", str(out), *META, *map(str, runs)]) == 0
+    assert f"ok:{len(RULES)} cannot_tell:0 violated:0" in capsys.readouterr().out
+    assert list(out.parent.iterdir()) == [out]  # nothing else is left there
+
+
+def test_the_checks_of_what_is_written(folders, capsys):
+    told = {v.rule: v.verdict for v in judge(read_entry(folders["track_pocket"]), static=True)}
+    assert set(told) == set(RULES) - {"runs"} and set(told.values()) == {OK}
     capsys.readouterr()
     assert record.main(["check", str(folders["track_10min_16mb"]), "--static", "--json"]) == 0
     told = {v["rule"]: v["verdict"] for v in json.loads(capsys.readouterr().out)}
-    # whose validation set it was, a log of an unknown tokenizer does not tell
+    # a log of an unknown tokenizer does not tell whose validation set it was
     assert told.pop("validation") == UNKNOWN and set(told.values()) == {OK}
 
 
@@ -109,11 +122,10 @@ def test_the_folder_holds_what_the_design_says(folders):
     assert {path.name for path in folders["track_10min_16mb"].iterdir()} == names
     names |= {"tokenizer.model"} | {f"artifact_seed{seed}.lg" for seed in SEEDS}
     assert {path.name for path in folders["track_pocket"].iterdir()} == names
-    assert list(folders["track_pocket"].parent.iterdir()) == [folders["track_pocket"]]  # nothing is left beside it
 
 
 def test_the_numbers_are_those_of_the_runs(folders, runs):
-    data = json.loads((folders["track_pocket"] / "submission.json").read_text())
+    data = read_json(folders["track_pocket"])
     results = [json.loads((run / "result.json").read_text())["result"] for run in runs]
     scores = [float(result["val_bpb"]) for result in results]
     center = sum(scores) / 3
@@ -135,369 +147,290 @@ def test_the_command_in_the_readme_repeats_the_config(folders, runs):
     assert {name for name in had if had[name] != has[name]} == {"log_every", "checkpoint_every_s"}
 
 
+def test_a_track_is_a_row_of_the_table(dataset, tmp_path, monkeypatch, capsys):
+    """Another byte limit, code that does not count, a number of tokens that the track sets."""
+    row = replace(TRACKS["track_pocket"], byte_limit=20_000, counts_code=False, train_tokens=512, seeds=2)
+    monkeypatch.setitem(TRACKS, "track_pocket", row)
+    limits = dict(byte_limit=20_000, code_reserve=0)
+    runs = [train(tmp_path, dataset, **RUN | limits, run_id=f"r{seed}", seed=seed) for seed in SEEDS[:2]]
+    folder = write_record(tmp_path / "track_pocket" / NAME, runs)
+    assert violated(folder) == set()
+    assert read_json(folder)["bytes_total"] == max((run / "artifact.lg").stat().st_size for run in runs)
+    assert "does not count the code" in (folder / "README.md").read_text()
+    for change, rules in (
+        (dict(counts_code=True), {"limit", "sizes", "readme"}),
+        (dict(byte_limit=5_000), {"limit"}),
+        (dict(train_tokens=513), {"train_tokens"}),
+    ):
+        monkeypatch.setitem(TRACKS, "track_pocket", replace(row, **change))
+        assert violated(folder) == rules, change
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Planted faults
+# Planted faults: what is done to a sound folder, and exactly the rules that must find it
 # ----------------------------------------------------------------------------------------------------------------------
 
-FAULTS = {}
 
+def in_log(folder: Path, pattern: str, new: str, seeds: tuple[int, ...] = (42,)) -> None:
+    for seed in seeds:
+        edit(log_of(folder, seed), pattern, new)
 
-def fault(*rules: str, track: str = "track_10min_16mb"):
-    """Registers a fault and exactly the rules that must find it."""
 
-    def register(plant):
-        FAULTS[plant.__name__] = (set(rules), track, plant)
-        return plant
+def in_result(folder: Path, **values: str) -> None:
+    """Other values in the result line, and in the lines above it that say the same."""
+    for name, value in values.items():
+        if name == "train_s":
+            in_log(folder, r"^(clock what:stop used_s:)\S+", rf"\g<1>{value}")
+        if name == "skipped":
+            in_log(folder, r"^(score what:artifact .*skipped:)\S+", rf"\g<1>{value}")
+        in_log(folder, rf"^(result .*\b{name}:)\S+", rf"\g<1>{value}")
 
-    return register
 
+def in_json(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = read_json(folder)
+    change(data)
+    (folder / "submission.json").write_text(json.dumps(data, indent=2))
 
-def log_of(folder: Path, seed: int | str = 42) -> Path:
-    return folder / f"train_seed{seed}.log"
 
+def set_json(folder: Path, **values: Any) -> None:
+    in_json(folder, lambda data: data.update(values))
 
-def restate(folder: Path, name: str, value: str, seed: int = 42) -> None:
-    """Another number in the result line, and in the lines above it that say the same."""
-    if name == "train_s":
-        edit(log_of(folder, seed), r"^(clock what:stop used_s:)\S+", rf"\g<1>{value}")
-    edit(log_of(folder, seed), rf"^(result .*\b{name}:)\S+", rf"\g<1>{value}")
 
+def add_json(folder: Path, name: str, step: float) -> None:
+    in_json(folder, lambda data: data.update({name: round(data[name] + step, 8)}))
 
-@fault("means", "readme")
-def wrong_mean(folder):
-    edit_json(folder, lambda data: data.update(val_bpb=round(data["val_bpb"] - 1e-5, 8)))
-    edit(folder / "README.md", r"\*\*val_bpb \d", "**val_bpb 0")
 
+def set_seed(folder: Path, **values: Any) -> None:
+    in_json(folder, lambda data: data["seed_results"]["42"].update(values))
 
-@fault("means")
-def edited_bpb(folder):
-    edit_json(folder, lambda data: data.update(val_bpb=round(data["val_bpb"] - 1e-8, 8)))
 
+def in_file(folder: Path, name: str, pattern: str, new: str) -> None:
+    edit(folder / name, pattern, new, count=1)
 
-@fault("means")
-def wrong_mean_loss(folder):
-    edit_json(folder, lambda data: data.update(val_loss=data["val_loss"] + 0.001))
 
+def remove(folder: Path, name: str) -> None:
+    (folder / name).unlink()
 
-@fault("deviations")
-def wrong_deviation(folder):
-    edit_json(folder, lambda data: data.update(val_bpb_std=data["val_bpb_std"] * math.sqrt(2 / 3)))
 
+def append(folder: Path, name: str, text: str) -> None:
+    with open(folder / name, "a") as file:
+        file.write(text)
 
-@fault("readme")
-def edited_bpb_in_the_readme(folder):
-    edit(folder / "README.md", r"^(\| 1337 \| \d\.\d{4})\d", lambda m: m[1] + "x")
 
+def flip_bit(folder: Path, name: str, at: int = 2000) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
 
-@fault("readme")
-def edited_command(folder):
-    edit(folder / "README.md", r"--iterations=4", "--iterations=5")
 
+def copy(folder: Path, name: str, target: str) -> None:
+    shutil.copyfile(folder / name, folder / target)
 
-@fault("scores")
-def a_seed_scored_better(folder):
-    edit_json(folder, lambda data: data["seed_results"]["42"].update(val_bpb=1.0))
 
-
-@fault("scores")
-def a_seed_with_fewer_steps(folder):
-    edit_json(folder, lambda data: data["seed_results"]["42"].update(steps=3))
-
-
-@fault("scores")
-def a_seed_faster(folder):
-    edit_json(folder, lambda data: data["seed_results"]["42"].update(step_avg_ms=0.001))
-
-
-@fault("submission_json", "scores")
-def a_seed_without_its_time(folder):
-    edit_json(folder, lambda data: data["seed_results"]["42"].pop("eval_time_s"))
-
-
-@fault("sizes")
-def wrong_total(folder):
-    edit_json(folder, lambda data: data.update(bytes_total=data["bytes_total"] - 1))
-
-
-@fault("sizes")
-def wrong_code_size(folder):
-    edit_json(folder, lambda data: data.update(bytes_code=data["bytes_code"] - 1))
-
-
-@fault("code", "sizes", "readme")
-def a_longer_script(folder):
-    with open(folder / "train_gpt.py", "ab") as file:
-        file.write(b"\n")
-
-
-@fault("limit", "scores", "sizes", "readme")
-def one_byte_too_many(folder):
-    code = (folder / "train_gpt.py").stat().st_size
-    restate(folder, "artifact_bytes", str(16_000_001 - code))
-    restate(folder, "total_bytes", str(16_000_001 - code + 24_000))
-
-
-@fault("limit", "same_run", "readme")
-def another_limit(folder):
-    edit(log_of(folder), r"^(config name:byte_limit value:)\d+", r"\g<1>17000000")
-    restate(folder, "limit", "17000000")
-
-
-@fault("train_time", "scores", "readme")
-def training_a_second_too_long(folder):
-    restate(folder, "train_s", "601.0000")
-
-
-@fault("eval_time", "scores", "readme")
-def scoring_a_second_too_long(folder):
-    restate(folder, "eval_s", "601.0000")
-
-
-@fault("log_sums", "scores", "readme")
-def a_clock_that_says_otherwise(folder):
-    edit(log_of(folder), r"^(result .*train_s:)\S+", r"\g<1>0.0100")
-
-
-@fault("log_sums", "scores", "means", "deviations", "readme")
-def a_result_line_that_was_edited(folder):
-    restate(folder, "val_bpb", "1.00000000")
-
-
-@fault("log_sums", "scores", "means", "deviations", "readme")
-def a_score_line_edited_as_well(folder):
-    restate(folder, "val_bpb", "1.00000000")
-    edit(log_of(folder), r"^(score what:artifact .*val_bpb:)\S+", r"\g<1>1.00000000")
-
-
-@fault("validation", "log_sums")
-def tokens_left_out(folder):
-    edit(log_of(folder), r"^(score what:artifact .* tokens:)(\d+)", lambda m: f"{m[1]}{int(m[2]) - 1}")
-
-
-@fault("validation")
-def a_prefix_scored(folder):
-    edit(log_of(folder), r"^(data split:val .*tokens:)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}")
-
-
-@fault("validation", "same_run", "readme")
-def a_small_validation_set(folder):
-    edit(log_of(folder), r"^(config name:vocab_size value:)\d+", r"\g<1>1024")
-
-
-@fault("log_end")
-def a_log_without_its_end(folder):
-    edit(log_of(folder), r"^result .*\n", "")
-
-
-@fault("log_end")
-def a_log_cut_in_its_last_line(folder):
-    path = log_of(folder)
-    path.write_text(path.read_text()[:-100])
-
-
-@fault("log_end")
-def a_log_that_goes_on(folder):
-    with open(log_of(folder), "a") as file:
-        file.write("train step:5 train_loss:5.0\n")
-
-
-@fault("seeds", "scores", "means", "deviations", "sizes", "readme")
-def a_log_under_another_seeds_name(folder):
-    rows = json.loads((folder / "submission.json").read_text())["seed_results"]
-    largest, *_, smallest = sorted(rows, key=lambda seed: -rows[seed]["artifact_bytes"])
-    log_of(folder, largest).write_text(log_of(folder, smallest).read_text())
-
-
-@fault("same_run", "readme")
-def a_log_of_another_configuration(folder):
-    edit(log_of(folder), r"^(config name:matrix_lr value:)\S+", r"\g<1>0.5")
-
-
-@fault("same_run", "code")
-def a_log_of_other_code(folder):
-    edit(log_of(folder), r"code_sha256:\w", "code_sha256:x")
-
-
-@fault("same_run")
-def a_log_of_other_data(folder):
-    edit(log_of(folder), r"^(data split:train .*sha256:)\w", r"\g<1>x")
-
-
-@fault("log_sums")
-def a_config_of_another_seed(folder):
-    edit(log_of(folder), r"^(config name:seed value:)\d+", r"\g<1>7")
-
-
-@fault("seeds", "means", "deviations", "readme")
-def two_seeds_only(folder):
-    rows = json.loads((folder / "submission.json").read_text())["seed_results"]
-    log_of(folder, min(rows, key=lambda seed: rows[seed]["artifact_bytes"])).unlink()
-
-
-@fault("seeds")
-def seeds_that_were_not_run(folder):
-    edit_json(folder, lambda data: data.update(seeds=[42, 1337, 7]))
-
-
-@fault("track", "environment", "readme")
-def a_gpu_too_few(folder):
-    for seed in SEEDS:
-        edit(log_of(folder, seed), r" world:8 ", " world:4 ")
-
-
-@fault("track", "environment", "same_run")
-def another_gpu(folder):
-    edit(log_of(folder), r"H100", "A100")
-
-
-@fault("track")
-def another_track(folder):
-    edit_json(folder, lambda data: data.update(track="track_1gpu_16mb"))
-
-
-@fault("track")
-def no_such_track(folder):
-    edit_json(folder, lambda data: data.update(track="track_5min"))
-    folder.rename(folder.parent.parent / folder.name)
-    return folder.parent.parent / folder.name
-
-
-@fault("train_time", "readme", track="track_pocket")
-def a_run_by_the_clock(folder):
-    for seed in SEEDS:
-        edit(log_of(folder, seed), r"^(config name:iterations value:)\d+", r"\g<1>0")
-
-
-@fault("environment")
-def other_versions(folder):
-    edit_json(folder, lambda data: data.update(pytorch_version="1.0"))
-
-
-@fault("date")
-def a_date_that_is_none(folder):
-    edit_json(folder, lambda data: data.update(date="1st of May"))
-
-
-@fault("date")
-def a_date_unlike_the_folders(folder):
-    edit_json(folder, lambda data: data.update(date="2026-05-02"))
-
-
-@fault("submission_json", "means")
-def a_number_as_text(folder):
-    edit_json(folder, lambda data: data.update(val_bpb=str(data["val_bpb"])))
-
-
-@fault("submission_json")
-def no_author(folder):
-    edit_json(folder, lambda data: data.pop("author"))
-
-
-@fault("submission_json")
-def seeds_as_text(folder):
-    edit_json(folder, lambda data: data.update(seeds="42, 1337, 2024"))
-
-
-@fault("submission_json", "date", "seeds", "means", "deviations", "sizes", "environment")
-def json_that_is_none(folder):
-    edit(folder / "submission.json", r"\}\n*\Z", "")
-
-
-@fault("files", "readme")
-def no_readme(folder):
-    (folder / "README.md").unlink()
-
-
-@fault("files")
-def no_requirements(folder):
-    (folder / "requirements.txt").unlink()
-
-
-@fault("files", "script")
-def no_script(folder):
-    (folder / "train_gpt.py").unlink()
-
-
-@fault("files", "code")
-def no_readable_source(folder):
-    (folder / "train_gpt_human.py").unlink()
-
-
-@fault("code")
-def another_readable_source(folder):
-    edit(folder / "train_gpt_human.py", r"learning rate", "learning speed", count=1)
-
-
-@fault("script", "code", "sizes", "readme")
-def a_script_that_does_not_compile(folder):
-    (folder / "train_gpt.py").write_text("def main(:\n")
-
-
-@fault("script", "code")
-def a_script_that_does_not_unzip(folder):
-    flip(folder / "train_gpt.py", (folder / "train_gpt.py").stat().st_size // 2)
-
-
-@fault("artifacts", track="track_pocket")
-def a_flipped_bit(folder):
-    flip(folder / "artifact_seed42.lg", 2000)
-
-
-@fault("artifacts", track="track_pocket")
-def the_artifact_of_another_seed(folder):
-    shutil.copyfile(folder / "artifact_seed1337.lg", folder / "artifact_seed42.lg")
-
-
-@fault("files", track="track_pocket")
-def an_artifact_missing(folder):
-    (folder / "artifact_seed42.lg").unlink()
-
-
-@fault("artifacts", track="track_pocket")
-def an_artifact_too_many(folder):
-    shutil.copyfile(folder / "artifact_seed42.lg", folder / "artifact_seed7.lg")
-
-
-@fault("artifacts", track="track_pocket")
-def another_tokenizer(folder):
-    flip(folder / "tokenizer.model", 100)
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_by_its_rules(name, folders, tmp_path):
-    rules, track, plant = FAULTS[name]
-    folder = shutil.copytree(folders[track], tmp_path / track / folders[track].name)
-    folder = plant(folder) or folder
-    assert violated(folder) == rules
-
-
-def test_a_start_script_of_an_earlier_packer_is_no_fault(folders, tmp_path, monkeypatch):
-    """What it starts cannot be read by this one, which is no reason to say that it is another program."""
-    folder = shutil.copytree(folders["track_pocket"], tmp_path / "2026-05-01_Tiny")
-    monkeypatch.setattr(tools.pack, "START", "import sys\n" + tools.pack.START)
-    modules = tools.pack.load_counted()
-    (folder / "train_gpt.py").write_bytes(tools.pack.pack(modules)[0])
-    monkeypatch.undo()
-    found = [*code(read_entry(folder))]
+def replace_script(folder: Path, text: str) -> None:
+    (folder / "train_gpt.py").write_text(text)
+
+
+def change_mean(folder: Path) -> None:
+    add_json(folder, "val_bpb", -1e-5)
+    in_file(folder, "README.md", r"\*\*val_bpb \d", "**val_bpb 0")
+
+
+def change_score(folder: Path) -> None:
+    in_result(folder, val_bpb="1.00000000")
+    in_log(folder, r"^(score what:artifact .*val_bpb:)\S+", r"\g<1>1.00000000")
+
+
+def change_limit(folder: Path) -> None:
+    in_log(folder, r"^(config name:byte_limit value:)\d+", r"\g<1>17000000")
+    in_result(folder, limit="17000000")
+
+
+def one_byte_too_many(folder: Path) -> None:
+    artifact = 16_000_001 - (folder / "train_gpt.py").stat().st_size
+    in_result(folder, artifact_bytes=str(artifact), total_bytes=str(artifact + RUN["code_reserve"]))
+
+
+def sort_by_size(folder: Path) -> list[str]:
+    """The seeds, that with the smallest artifact first."""
+    rows = read_json(folder)["seed_results"]
+    return sorted(rows, key=lambda seed: rows[seed]["artifact_bytes"])
+
+
+def copy_another_log(folder: Path) -> None:
+    """The log of one seed under the name of another, which had the largest artifact."""
+    smallest, *_, largest = sort_by_size(folder)
+    copy(folder, f"train_seed{smallest}.log", f"train_seed{largest}.log")
+
+
+def leave_two_seeds(folder: Path) -> None:
+    log_of(folder, sort_by_size(folder)[0]).unlink()
+
+
+CONFIG = "^(config name:{} value:)\\S+"
+FAULTS = [
+    # numbers in submission.json and README.md
+    ("means readme", change_mean),
+    ("means", add_json, "val_bpb", -1e-8),
+    ("means", add_json, "val_loss", 0.001),
+    ("deviations", add_json, "val_bpb_std", 0.001),
+    ("readme", in_file, "README.md", r"^(\| 1337 \| \d\.\d{4})\d", r"\1x"),
+    ("readme", in_file, "README.md", r"--iterations=4", "--iterations=5"),
+    ("scores", set_seed, dict(val_bpb=1.0)),
+    ("scores", set_seed, dict(steps=3)),
+    ("scores", set_seed, dict(step_avg_ms=0.001)),
+    ("submission_json scores", in_json, lambda data: data["seed_results"]["42"].pop("eval_time_s")),
+    ("sizes", add_json, "bytes_total", -1),
+    ("sizes", add_json, "bytes_code", -1),
+    # limits
+    ("limit scores sizes readme", one_byte_too_many),
+    ("limit same_run readme", change_limit),
+    ("train_time scores readme", in_result, dict(train_s="601.0000")),
+    ("eval_time scores readme", in_result, dict(eval_s="601.0000")),
+    ("updates", in_result, dict(skipped="3")),
+    ("updates", in_result, dict(eval_fits="no")),
+    # logs that say something twice, and not the same
+    ("log_sums scores readme", in_log, r"^(result .*train_s:)\S+", r"\g<1>0.0100"),
+    ("log_sums scores means deviations readme", in_result, dict(val_bpb="1.00000000")),
+    ("log_sums scores means deviations readme", change_score),
+    ("log_sums", in_log, r"^(score what:artifact .*skipped:)0", r"\g<1>1"),
+    ("log_sums", in_log, CONFIG.format("seed"), r"\g<1>7"),
+    ("validation log_sums", in_log, r"^(score what:artifact .* tokens:)(\d+)", r"\g<1>1\2"),
+    ("validation", in_log, r"^(data split:val .*tokens:)(\d+)", r"\g<1>1\2"),
+    # logs that are cut off, that go on, that are of other runs
+    ("log_end", in_log, r"^result .*\n", ""),
+    ("log_end", in_log, r"(?s).{100}\Z", ""),
+    ("log_end", append, "train_seed42.log", "train step:5 train_loss:5.0\n"),
+    ("seeds scores means deviations sizes readme", copy_another_log),
+    ("seeds means deviations readme", leave_two_seeds),
+    ("seeds", set_json, dict(seeds=[42, 1337, 7])),
+    ("same_run validation", in_log, CONFIG.format("vocab_size"), r"\g<1>1024", (1337,)),
+    ("same_run", in_log, CONFIG.format("matrix_lr"), r"\g<1>0.5"),
+    ("same_run", in_log, r"^(data split:train .*sha256:)\w", r"\g<1>x"),
+    ("same_run code", in_log, r"code_sha256:\w", "code_sha256:x"),
+    # track
+    ("track environment readme", in_log, r" world:8 ", " world:4 ", SEEDS),
+    ("track environment same_run", in_log, r"H100", "A100"),
+    ("track", set_json, dict(track="track_1gpu_16mb")),
+    ("environment", set_json, dict(pytorch_version="1.0")),
+    # submission.json as a form
+    ("date", set_json, dict(date="1st of May")),
+    ("date", set_json, dict(date="2026-05-02")),
+    ("submission_json means", in_json, lambda data: data.update(val_bpb=str(data["val_bpb"]))),
+    ("submission_json", in_json, lambda data: data.pop("author")),
+    ("submission_json", set_json, dict(seeds="42, 1337, 2024")),
+    ("submission_json date seeds means deviations sizes environment", in_file, "submission.json", r"\}\n*\Z", ""),
+    # files
+    ("files readme", remove, "README.md"),
+    ("files", remove, "requirements.txt"),
+    ("files script", remove, "train_gpt.py"),
+    ("files code", remove, "train_gpt_human.py"),
+    ("code sizes readme", append, "train_gpt.py", "\n"),
+    ("code", in_file, "train_gpt_human.py", r"learning rate", "learning speed"),
+    ("script code sizes readme", replace_script, "def main(:\n"),
+    ("script code", flip_bit, "train_gpt.py", 10_000),
+]
+POCKET_FAULTS = [
+    ("train_tokens readme", in_log, CONFIG.format("iterations"), r"\g<1>0", SEEDS),
+    ("train_tokens", in_log, r"^(result .* tokens:)\d+", r"\g<1>100"),
+    ("artifacts", flip_bit, "artifact_seed42.lg"),
+    ("artifacts", copy, "artifact_seed1337.lg", "artifact_seed42.lg"),
+    ("artifacts", copy, "artifact_seed42.lg", "artifact_seed7.lg"),
+    ("artifacts", flip_bit, "tokenizer.model", 100),
+    ("files", remove, "artifact_seed42.lg"),
+]
+
+
+def plant(fault: tuple[Any, ...], folder: Path) -> None:
+    """`fault` is what is done to a folder, and with what; a dict holds named arguments."""
+    act, *given = fault
+    named = given.pop() if given and isinstance(given[-1], dict) else {}
+    act(folder, *given, **named)
+
+
+@pytest.mark.parametrize(("track", "faults"), [("track_10min_16mb", FAULTS), ("track_pocket", POCKET_FAULTS)])
+def test_planted_faults_are_found_by_their_rules(track, faults, folders, tmp_path):
+    wrong = []
+    for number, (rules, *fault) in enumerate(faults):
+        folder = copy_record(folders, track, tmp_path / str(number))
+        plant(fault, folder)
+        found = violated(folder)
+        if found != set(rules.split()):
+            wrong.append(f"{fault}: {' '.join(sorted(found))}, not {rules}")
+        shutil.rmtree(folder)
+    assert not wrong
+
+
+def test_no_such_track(folders, tmp_path):
+    folder = shutil.copytree(folders["track_10min_16mb"], tmp_path / NAME)
+    set_json(folder, track="track_5min")
+    assert violated(folder) == {"track"}
+
+
+UPDATES = r" updates:\S+ skipped:\S+"
+
+
+def test_what_logs_tell_of_updates(folders, tmp_path):
+    """The verdict of `updates` for each state of a log; older ones have the fields where they score, or nowhere."""
+    not_in_result = (in_log, rf"^(result .*){UPDATES}", r"\1")
+    nowhere = (in_log, UPDATES, "")
+    for number, (verdict, *faults) in enumerate(
+        [
+            (OK,),
+            (OK, not_in_result),
+            (BAD, (in_log, r"^(score .*skipped:)0", r"\g<1>5"), not_in_result),
+            (OK, nowhere),  # plain
+            (UNKNOWN, nowhere, (in_log, r"mode:plain", "mode:lora")),
+            (UNKNOWN, nowhere, (in_log, r"mode:plain", "mode:of_the_future")),
+            (UNKNOWN, (in_log, r"skipped:0", "skipped:x"), (in_log, r"mode:plain", "mode:lora")),
+            (BAD, (in_result, dict(skipped="1"))),
+            (BAD, (in_result, dict(eval_fits="no"))),
+            (OK, (in_log, r" eval_fits:yes", "")),
+        ]
+    ):
+        folder = copy_record(folders, "track_pocket", tmp_path / str(number))
+        for fault in faults:
+            plant(fault, folder)
+        found = [level for level, _ in RULES["updates"](read_entry(folder))]
+        assert max(found, key=[OK, UNKNOWN, BAD].index) == verdict, faults
+
+
+def test_scripts_of_earlier_packers(folders, tmp_path, monkeypatch):
+    """What they start cannot be read by this one, which is no reason to say that it is another program. A pair of
+    script and source that was compared at the time is good, and no other one is."""
+    folder = copy_record(folders, "track_pocket", tmp_path)
+    with zipfile.ZipFile(folder / "train_gpt.py") as archive:
+        main, content = archive.read("__main__.py"), bz2.decompress(archive.read("code"))
+    with zipfile.ZipFile(folder / "train_gpt.py", "w") as archive:
+        archive.writestr("__main__.py", main)
+        archive.writestr("code", bz2.compress(b"import sys\n" + content))
+    entry = read_entry(folder)
+    found = [*folder_rules.code(entry)]
     assert (UNKNOWN, "train_gpt.py: a zip application with another start script") in found
     assert not any("was not packed from" in text for _, text in found)
+    assert not folder_rules.is_from_here(entry, entry.script)
+    digests = [folder_rules.hash_file(folder / name) for name in ("train_gpt.py", "train_gpt_human.py")]
+    monkeypatch.setitem(folder_rules.EARLIER_SCRIPTS, *digests)
+    assert {level for rule in ("script", "code") for level, _ in RULES[rule](entry)} == {OK}
+    assert folder_rules.is_from_here(entry, entry.script)
+    edit(folder / "train_gpt_human.py", r"learning rate", "learning speed", count=1)
+    assert not folder_rules.is_from_here(entry, entry.script)
 
 
 def test_the_exit_code_tells(folders, tmp_path, capsys):
-    folder = shutil.copytree(folders["track_10min_16mb"], tmp_path / "2026-05-01_Tiny")
-    edit_json(folder, lambda data: data.update(val_bpb=1.0))
+    folder = copy_record(folders, "track_10min_16mb", tmp_path)
+    set_json(folder, val_bpb=1.0)
     assert record.main(["check", str(folder), "--static"]) == 4
     assert re.search(r"^means +violated +val_bpb is 1.0, the logs make", capsys.readouterr().out, re.MULTILINE)
     assert record.main(["check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_no_damage_is_a_crash(data, folders, tmp_path_factory):
     """Whatever happens to one file, the check ends with a verdict for every rule."""
-    base = folders["track_10min_16mb"]
-    folder = shutil.copytree(base, tmp_path_factory.mktemp("damage") / base.parent.name / base.name)
+    folder = copy_record(folders, "track_10min_16mb", tmp_path_factory.mktemp("damage"))
     names = [path.name for path in sorted(folder.iterdir()) if path.name != "train_gpt_human.py"]
     path = folder / data.draw(st.sampled_from(names))
     content = path.read_bytes()
@@ -512,46 +445,134 @@ def test_no_damage_is_a_crash(data, folders, tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def refused(capsys, out: Path, *made: Path) -> str:
-    assert record.main(["build", str(out), "--track=track_pocket", *META, *map(str, made)]) == 2
-    assert not out.exists() and not list(out.parent.glob(".*.part"))
-    return capsys.readouterr().err
+def test_refused_runs(runs, folders, tmp_path, capsys):
+    """Each with one line, and nothing is left of the folder."""
 
+    def changed(name: str, pattern: str, new: str) -> Path:
+        folder = shutil.copytree(runs[2], tmp_path / name)
+        edit(folder / "log.txt", pattern, new)
+        return folder
 
-def test_runs_that_do_not_match_are_refused(runs, dataset, tmp_path, capsys):
-    other = train(tmp_path, dataset, **RUN, run_id="other", seed=7, matrix_lr=0.5)
-    capsys.readouterr()
-    out = tmp_path / "2026-05-01_No"
-    assert refused(capsys, out, *runs[:2], other) == (
-        f"error: {other}: matrix_lr=0.5, but {runs[0]} has matrix_lr=0.02; only the seed may differ\n"
-    )
-    assert "a second run of seed 42" in refused(capsys, out, runs[0], runs[0], runs[1])
-    foreign = shutil.copytree(runs[2], tmp_path / "foreign")
-    edit(foreign / "log.txt", r"code_sha256:\w+", "code_sha256:00")
-    assert "ran other code than is here now" in refused(capsys, out, *runs[:2], foreign)
-    (foreign / "result.json").unlink()
-    assert "has not finished" in refused(capsys, out, *runs[:2], foreign)
-
-
-def test_two_seeds_are_not_enough(runs, tmp_path, capsys):
-    assert "2 runs, and track_pocket asks for 3 seeds" in refused(capsys, tmp_path / "2026-05-01_Two", *runs[:2])
+    other_lr = changed("other_lr", r"^(config name:matrix_lr value:)\S+", r"\g<1>0.5")
+    other_code = changed("other_code", r"code_sha256:\w+", "code_sha256:00")
+    other_options = []
+    for run in runs:  # by a version that had another option
+        other_options.append(shutil.copytree(run, tmp_path / f"other_{run.name}"))
+        edit(other_options[-1] / "log.txt", r"^(config name:)matrix_lr( value:\S+ source:)\w+", r"\1matrix_rate\2cli")
+    cut = changed("cut", r"^result .*\n", "")
+    skipped = changed("skipped", r"skipped:0", "skipped:49")
+    unfinished = shutil.copytree(runs[2], tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    out = tmp_path / "track_pocket" / NAME
+    out.parent.mkdir()
+    for made, message in (
+        ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr=0.02; only the seed may differ"),
+        ([runs[0], runs[0], runs[1]], "a second run of seed 42"),
+        ([*runs[:2], other_code], "ran other code than is here now"),
+        (runs[:1], "1 runs, and track_pocket asks for 3 seeds"),
+        (other_options, "ran other code than is here now"),
+        ([*runs[:2], unfinished], "has not finished"),
+        ([*runs[:2], cut], "does not end with a result line"),
+        ([*runs[:2], skipped], "49 updates at test time were skipped for lack of time, and a record needs skipped:0"),
+        (runs[:2], "2 runs, and track_pocket asks for 3 seeds"),
+    ):
+        assert record.main(["build", str(out), *META, *map(str, made)]) == 2
+        told = capsys.readouterr()
+        assert message in told.err and told.err.startswith("error: ") and told.err.count("\n") == 1
+        assert not told.out and not list(out.parent.iterdir())
+    assert record.main(["build", str(folders["track_pocket"]), *META, *map(str, runs)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_what_breaks_a_rule_is_not_written(runs, tmp_path, capsys):
-    """Runs on a CPU are no record of the GPU track; the half-built folder goes."""
-    out = tmp_path / "track_1gpu_16mb" / "2026-05-01_Cpu"
+    """Runs on a CPU are no record of the GPU track; the half-built folder is removed."""
+    out = tmp_path / "track_1gpu_16mb" / NAME
     out.parent.mkdir()
     assert record.main(["build", str(out), *META, *map(str, runs)]) == 4
     assert "ran on cpu, the track is for cuda" in capsys.readouterr().out and not list(out.parent.iterdir())
 
 
-def test_a_folder_is_not_overwritten(runs, folders, capsys):
-    assert record.main(["build", str(folders["track_pocket"]), *META, *map(str, runs)]) == 2
-    assert "exists already" in capsys.readouterr().err
+# ----------------------------------------------------------------------------------------------------------------------
+# Scored again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_record(folders, tmp_path) -> Path:
+    """A pocket record with the artifact of one seed."""
+    folder = copy_record(folders, "track_pocket", tmp_path)
+    for seed in SEEDS[1:]:
+        (folder / f"artifact_seed{seed}.lg").unlink()
+    return folder
+
+
+def score_again(folder: Path, dataset: Path, capfd) -> tuple[int, str, str]:
+    """The exit code of the check, its row, and stderr."""
+    code = record.main(["check", str(folder), "--static", "--score", "--data_path", str(dataset), "--device=cpu"])
+    told = capfd.readouterr()
+    return code, "".join(row for row in told.out.splitlines() if row.startswith("score_again")), told.err
+
+
+@pytest.mark.slow
+def test_artifacts_are_scored_again(short_record, dataset, capfd, monkeypatch):
+    monkeypatch.setenv("SCORE_MODE", "sliding")  # which must not matter
+    monkeypatch.setitem(TRACKS, "track_pocket", replace(TRACKS["track_pocket"], ships_artifacts=False))
+    bpb = read_json(short_record)["seed_results"]["42"]["val_bpb"]
+    code, row, err = score_again(short_record, dataset, capfd)
+    assert code == 0 and re.fullmatch(rf"score_again +ok +seed 42: \S+ \(log {bpb:.8f}\)", row)
+    assert re.match(r"# scoring artifact_seed42.lg \(1 of 1\)\n# expected to take \S+ s\n", err)
+    in_result(short_record, val_bpb="1.00000000")
+    code, row, _ = score_again(short_record, dataset, capfd)
+    assert code == 4 and re.fullmatch(
+        r"score_again +violated +seed 42: the file scores \S+, its log says 1.00000000", row
+    )
+
+
+@pytest.mark.slow
+def test_another_validation_text_is_refused(short_record, dataset, tmp_path, capfd):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    write_shard(other / "tiny_val_000000.bin", np.arange(3, 380, dtype=np.uint16).repeat(4))
+    code, row, err = score_again(short_record, other, capfd)
+    assert code == 2 and not row
+    assert f"error: {other}: not the validation text that the record was scored on (sha256 " in err
+
+
+def test_scores_are_compared(folders):
+    """Within 0.001, and with no update skipped."""
+    log = read_entry(folders["track_pocket"]).logs[0]
+    bpb = log.final.bpb
+    for again, skipped, verdict in (
+        (bpb, 0, OK),
+        (bpb + 0.0009, 0, OK),
+        (bpb - 0.0011, 0, BAD),
+        (math.nan, 0, BAD),
+        (bpb, 2, BAD),
+    ):
+        found = list(compare_score(log, dict(val_bpb=f"{again:.8f}", skipped=str(skipped))))
+        assert max((level for level, _ in found), key=[OK, BAD].index) == verdict, (again, skipped)
+    log.lines.pop()  # the result
+    assert [level for level, _ in compare_score(log, dict(val_bpb="1.0", skipped="0"))] == [UNKNOWN]
+
+
+def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
+    pocket, gpus = folders["track_pocket"], folders["track_10min_16mb"]
+    damaged = copy_record(folders, "track_pocket", tmp_path)
+    for path in damaged.glob("*.lg"):
+        flip_bit(damaged, path.name)
+    for folder, options, code, message in (
+        (pocket, ["--score"], 2, "--score needs --data_path"),
+        (pocket, ["--data_path=x"], 2, "add --score"),
+        (gpus, ["--score", "--data_path=x"], 2, "no artifacts"),
+        (damaged, ["--score", "--data-path=x"], 4, "artifact_seed42.lg: its digest does not match"),
+    ):
+        capsys.readouterr()
+        assert record.main(["check", str(folder), "--static", *options]) == code
+        told = capsys.readouterr()
+        assert message in told.err + told.out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Strangers' folders
+# Other people's folders
 # ----------------------------------------------------------------------------------------------------------------------
 
 STRANGE_LOG = """\
@@ -591,7 +612,7 @@ def stranger(tmp_path) -> Path:
 
 def test_a_strangers_sound_folder(stranger):
     verdicts = {v.rule: v for v in judge(read_entry(stranger))}
-    assert {name for name, v in verdicts.items() if v.verdict != OK} == {"runs", "sizes", "environment"}
+    assert {name for name, v in verdicts.items() if v.verdict != OK} == {"runs", "sizes", "environment", "updates"}
     assert all(v.verdict != BAD for v in verdicts.values())
     assert not (stranger.parent.parent / "executed").exists()
 
@@ -604,43 +625,46 @@ def test_their_log_is_read(stranger):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("rule", "verdict", "name", "pattern", "new"),
-    [
-        ("scores", BAD, "submission.json", "1.12001", "1.11001"),
-        ("means", BAD, "submission.json", '"val_bpb": 1.12002, "val_bpb_std', '"val_bpb": 1.11902, "val_bpb_std'),
-        ("means", UNKNOWN, "submission.json", '"val_bpb": 1.12002, "val_bpb_std', '"val_bpb": 1.139, "val_bpb_std'),
-        ("deviations", BAD, "submission.json", '_std": 1e-05', '_std": 0.00009'),
-        ("seeds", BAD, "train_seed2.log", "^seed:2", "seed:1"),
-        ("train_time", UNKNOWN, "train_seed2.log", "train_time:599990ms step:", "train_time:600050ms step:"),
-        ("train_time", BAD, "train_seed2.log", "train_time:599990ms step:", "train_time:601000ms step:"),
-        ("eval_time", BAD, "train_seed2.log", "eval_time:80000ms", "eval_time:601000ms"),
-        ("limit", UNKNOWN, "train_seed2.log", "^Total submission size int6.*", "Total submission size int6: 16000001 bytes"),
-        ("validation", BAD, "train_seed2.log", "tokens:62021632", "tokens:9662464"),
-        ("validation", UNKNOWN, "train_seed2.log", "_sp1024", "_sp7"),
-        ("track", BAD, "train_seed2.log", "^world_size:8", "world_size:1"),
-        ("log_end", UNKNOWN, "train_seed2.log", "^final_.*", ""),
+def test_a_strangers_faults(stranger):
+    json_name, log_name = "submission.json", "train_seed2.log"
+    mean = r'("val_bpb": )1.12002(, "val_bpb_std)'
+    for rule, verdict, name, pattern, new in (
+        ("scores", BAD, json_name, "1.12001", "1.11001"),
+        ("means", BAD, json_name, mean, r"\g<1>1.11902\2"),
+        ("means", UNKNOWN, json_name, mean, r"\g<1>1.139\2"),
+        ("deviations", BAD, json_name, '_std": 1e-05', '_std": 0.00009'),
+        ("seeds", BAD, log_name, "^seed:2", "seed:1"),
+        ("train_time", UNKNOWN, log_name, "train_time:599990ms step:", "train_time:600050ms step:"),
+        ("train_time", BAD, log_name, "train_time:599990ms step:", "train_time:601000ms step:"),
+        ("eval_time", BAD, log_name, "eval_time:80000ms", "eval_time:601000ms"),
+        ("limit", UNKNOWN, log_name, "^Total submission size int6.*", "Total submission size int6: 16000001 bytes"),
+        ("validation", BAD, log_name, "tokens:62021632", "tokens:9662464"),
+        ("validation", UNKNOWN, log_name, "_sp1024", "_sp7"),
+        ("track", BAD, log_name, "^world_size:8", "world_size:1"),
+        ("log_end", UNKNOWN, log_name, "^final_.*", ""),
         ("script", BAD, "train_gpt.py", "open", "open("),
         ("readme", BAD, "README.md", "1.12003", "1.11003"),
-        ("date", BAD, "submission.json", "2026-03-25", "yesterday"),
-        ("submission_json", BAD, "submission.json", '"b"', "7"),
-    ],
-)  # fmt: skip
-def test_a_strangers_fault(rule, verdict, name, pattern, new, stranger):
-    edit(stranger / name, pattern, new)
-    assert {v.rule: v.verdict for v in judge(read_entry(stranger))}[rule] == verdict
+        ("date", BAD, json_name, "2026-03-25", "yesterday"),
+        ("submission_json", BAD, json_name, '"b"', "7"),
+    ):
+        before = (stranger / name).read_text()
+        edit(stranger / name, pattern, new)
+        assert {v.rule: v.verdict for v in judge(read_entry(stranger))}[rule] == verdict, (rule, new)
+        (stranger / name).write_text(before)
 
 
 def test_a_strangers_zip_is_not_run(stranger):
     """Not even when its logs claim the code of this repository."""
+    executed = stranger.parent.parent / "executed"
     with zipfile.ZipFile(stranger / "train_gpt.py", "w") as archive:
-        archive.writestr("__main__.py", f"open({str(stranger.parent.parent / 'executed')!r}, 'w')")
+        archive.writestr("__main__.py", f"open({str(executed)!r}, 'w')")
+    config, _ = train_gpt.parse_config(["--recipe=pocket", "--score_mode=plain"], {})
+    claim = f"run recipe:pocket seed:1 run_id:x code_sha256:{train_gpt.hash_counted_code(config)}\n"
+    claim += "config name:recipe value:pocket source:cli\nconfig name:score_mode value:plain source:cli\n"
     for path in stranger.glob("*.log"):
-        path.write_text(
-            f"run recipe:pocket seed:1 run_id:x code_sha256:{train_gpt.hash_counted_code()}\n" + path.read_text()
-        )
+        path.write_text(claim + path.read_text())
     verdicts = {v.rule: v.verdict for v in judge(read_entry(stranger))}
-    assert verdicts["runs"] == UNKNOWN and not (stranger.parent.parent / "executed").exists()
+    assert verdicts["runs"] == UNKNOWN and not executed.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

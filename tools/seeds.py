@@ -13,28 +13,47 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
 import train_gpt
 from loopgolf.errors import Interrupted, Stop
 from loopgolf.options import Parser, split_options
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError, read_result
-from tools.submission.entry import PER_RUN_SETTINGS
 from tools.submission.stats import mean, sample_std
+from tools.submission.summary import PER_RUN_SETTINGS
 
 SCRIPT = Path(train_gpt.__file__).resolve()
-# column of the table: the heading, and the decimals to print
-COLUMNS = dict(bpb_trained=("trained", 5), bpb_plain=("file, plain", 5), val_bpb=("val_bpb", 5),
-               val_loss=("val_loss", 5), steps=("steps", 0), step_ms=("ms/step", 1), train_s=("train s", 1),
-               eval_s=("eval s", 1), total_bytes=("bytes", 0))  # fmt: skip
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    heading: str
+    decimals: int
+
+
+COLUMNS = {
+    "bpb_trained": Column("trained", 5),
+    "bpb_plain": Column("file, plain", 5),
+    "val_bpb": Column("val_bpb", 5),
+    "val_loss": Column("val_loss", 5),
+    "steps": Column("steps", 0),
+    "step_ms": Column("ms/step", 1),
+    "train_s": Column("train s", 1),
+    "eval_s": Column("eval s", 1),
+    "skipped": Column("skipped", 0),
+    "total_bytes": Column("bytes", 0),
+}
+Numbers = dict[str, float]  # by column, as far as they are known
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,8 @@ def state_of(plan: Plan, code_sha256: str) -> str:
         return "new"
     try:
         stored = json.loads(path.read_text())
-        differ = [name for name, value in asdict(plan.config).items()
-                  if name not in PER_RUN_SETTINGS - {"seed"} and stored[name] != value]  # fmt: skip
+        must_agree = [f.name for f in fields(plan.config) if f.name not in PER_RUN_SETTINGS - {"seed"}]
+        differ = [name for name in must_agree if stored[name] != getattr(plan.config, name)]
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: not a config of this version; remove the folder or choose another --name") from None
     if differ:
@@ -100,22 +119,22 @@ class SeedFailed(Stop):
 def run_child(command: list[str], environ: dict[str, str]) -> int:
     """The child's exit code. It has a session of its own, so that a Ctrl-C reaches it once, through here: the first
     signal lets it save a checkpoint, a second one kills it."""
-    seen, children = [], []
+    seen: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number, _) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         seen.append(number)
         for child in children:
             child.send_signal(signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        tied = tie_to_parent if sys.platform == "linux" else None
-        children.append(
-            subprocess.Popen(command, env=environ, stdout=sys.stderr, start_new_session=True, preexec_fn=tied)
-        )
+        first_call = tie_to_parent if sys.platform == "linux" else None
+        child = subprocess.Popen(command, env=environ, stdout=sys.stderr, start_new_session=True, preexec_fn=first_call)
+        children.append(child)
         if seen:  # before there was a child to pass it on to
-            children[0].send_signal(signal.SIGTERM)
-        code = children[0].wait()
+            child.send_signal(signal.SIGTERM)
+        code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -140,33 +159,61 @@ def run_missing(plans: list[Plan], nproc: int, environ: dict[str, str]) -> None:
             run_seed(plan, state, nproc, environ)
 
 
-def collect(plans: list[Plan]) -> list[dict]:
-    """One row of numbers per seed."""
+@dataclass(frozen=True)
+class Row:
+    """What one seed's run found."""
+
+    seed: int
+    run: str
+    numbers: Numbers
+
+
+def read_rows(plans: list[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
-        found = read_result(plan.folder)
-        found["step_ms"] = 1000 * float(found["train_s"]) / max(1, int(found["steps"]))
-        numbers = {name: float(found[name]) for name in COLUMNS if name in found}
-        rows.append(dict(seed=plan.seed, run=str(plan.folder)) | numbers)
+        result = read_result(plan.folder)
+        numbers = {name: float(result[name]) for name in COLUMNS if name in result}
+        numbers["step_ms"] = 1000 * numbers["train_s"] / max(1.0, numbers["steps"])
+        rows.append(Row(plan.seed, str(plan.folder), numbers))
     return rows
 
 
-def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean and sample deviation of every column that all seeds have."""
-    columns = {name: [row[name] for row in rows] for name in COLUMNS if all(name in row for row in rows)}
-    return {name: dict(mean=mean(values), std=sample_std(values)) for name, values in columns.items()}
+def summarize(rows: list[Row]) -> dict[str, Numbers]:
+    """Mean and sample deviation of every column that all seeds have. A single seed has no deviation."""
+    columns = {}
+    for name in COLUMNS:
+        values = [row.numbers[name] for row in rows if name in row.numbers]
+        if len(values) == len(rows):
+            columns[name] = values
+    std = {name: sample_std(values) for name, values in columns.items() if len(values) > 1}
+    return dict(mean={name: mean(values) for name, values in columns.items()}, std=std)
 
 
-def format_table(rows: list[dict], summary: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'seed':<6}" + "".join(f"{heading:>13}" for heading, _ in COLUMNS.values())]
-    cells = [(str(row["seed"]), row) for row in rows]
-    cells += [(which, {name: values[which] for name, values in summary.items()}) for which in ("mean", "std")]
-    for first, values in cells:
-        extra = 1 if first in ("mean", "std") else 0  # a mean of whole numbers is none
-        texts = [f"{values[name]:,.{max(digits, extra)}f}" if name in values and not math.isnan(values[name]) else "-"
-                 for name, (_, digits) in COLUMNS.items()]  # fmt: skip
-        lines.append(f"{first:<6}" + "".join(f"{text:>13}" for text in texts))
+def format_table(rows: list[Row], summary: dict[str, Numbers]) -> str:
+    lines = [format_line("seed", [column.heading for column in COLUMNS.values()])]
+    lines += [format_line(str(row.seed), format_cells(row.numbers, 0)) for row in rows]
+    # the mean of whole numbers is not a whole number
+    lines += [format_line(name, format_cells(numbers, 1)) for name, numbers in summary.items()]
     return "\n".join(lines)
+
+
+def format_cells(numbers: Numbers, least_decimals: int) -> list[str]:
+    cells = []
+    for name, column in COLUMNS.items():
+        decimals = max(column.decimals, least_decimals)
+        cells.append(f"{numbers[name]:,.{decimals}f}" if name in numbers else "-")
+    return cells
+
+
+def format_line(name: str, cells: list[str]) -> str:
+    return f"{name:<6}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def format_json(rows: list[Row], summary: dict[str, Numbers], about: dict[str, Any]) -> str:
+    """The table as JSON; null where there is no number."""
+    runs = [dict(seed=row.seed, run=row.run) | row.numbers for row in rows]
+    columns = {which: {name: numbers.get(name) for name in summary["mean"]} for which, numbers in summary.items()}
+    return json.dumps(about | dict(runs=runs) | columns, indent=1) + "\n"
 
 
 def build_parser() -> Parser:
@@ -186,15 +233,11 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     name = args.name or config.recipe
     plans = [plan_seed(seed, name, options, environ) for seed in args.seeds]
     run_missing(plans, args.nproc, environ)
-    rows = collect(plans)
+    rows = read_rows(plans)
     summary = summarize(rows)
     if args.json:
-        code_sha256 = train_gpt.hash_counted_code(config)
-        report = dict(name=name, code_sha256=code_sha256, options=options, runs=rows) | {
-            which: {column: values[which] if math.isfinite(values[which]) else None
-                    for column, values in summary.items()} for which in ("mean", "std")
-        }  # fmt: skip
-        text = json.dumps(report, indent=1) + "\n"
+        about = dict(name=name, code_sha256=train_gpt.hash_counted_code(config), options=options)
+        text = format_json(rows, summary, about)
         if str(args.json) == "-":
             print(text, end="")
             return

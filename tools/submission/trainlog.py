@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tools.lib.runlog import Line, parse_line
 
+OURS = re.compile(r"^run recipe:\S+ seed:\d+ run_id:", re.MULTILINE)
 NUMBER = r"(-?\d+(?:\.\d+)?)"
-STAMP = re.compile(r"^\d{10}\.\d{3} ")  # some logs open every line with the time
+STAMP = re.compile(r"^\d{10}\.\d{3} ")  # some logs start every line with the time
 SCORE = re.compile(rf"^([A-Za-z].*?)\s+(?:sliding )?val_loss[:=]\s*{NUMBER}\s.*?val_bpb[:=]\s*{NUMBER}(.*)$")
 STEP = re.compile(r"^step:(\d+)/\d+\b|^(\d+)/\d+ (?:train|val)_loss: ")
 STOPPED = re.compile(r"^stopping_early: \S+ train_time:\s*(\d+)ms(?: step:\s*(\d+))?")
@@ -21,7 +22,7 @@ MODEL = re.compile(r"^Serialized model (\S.*?): (\d+) bytes")
 CODE = re.compile(r"^Code size(?: \(compressed\))?: (\d+) bytes|^artifact:.* code:(\d+)$")
 SEED = re.compile(r"^\s*seed:\s*(\d+)\s*$|^train_batch_tokens:.* seed:(\d+)\b")
 VALIDATION = re.compile(r"^val_loader:shards pattern=(\S+) tokens:(\d+)|^()val_tokens: (\d+)")
-SETTING = re.compile(r"^  ([a-z]\w*): (.+)$")  # the field's block of hyperparameters
+SETTING = re.compile(r"^  ([a-z]\w*): (.+)$")  # the block of hyperparameters that these scripts print
 FACT = re.compile(r"^world_size:(\d+)\b|^Running PyTorch (\S+)$")
 DIAGNOSTIC = re.compile(r"diagnostic|pre.?quant|post.?ema|warm|^step\b|best|swa\d|raw", re.IGNORECASE)
 IN_NAME = re.compile(r"(?:seed[_-]?(\d+)(?:_\w+)?|(?:_|train)(\d+))\.(?:log|txt)$")
@@ -59,6 +60,7 @@ class TrainLog:
     val_tokens: int | None = None
     dataset: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)  # ours only: where a setting came from (cli, recipe, …)
     numbers: set[str] = field(default_factory=set)  # every decimal number in the text, for tables in a README
     lines: list[Line] = field(default_factory=list)  # ours only
 
@@ -70,61 +72,91 @@ class TrainLog:
     def who(self) -> str:
         return self.path.name if self.seed is None else f"seed {self.seed}"
 
-    @property
-    def moe_experts(self) -> bool:
-        """Whether the code of the run includes kernels/moe.py."""
-        return self.settings.get("moe_experts", "0") != "0"
-
     def last(self, event: str, **wanted: str) -> dict[str, str]:
-        """Values of the last line of this kind, of our own log."""
-        found = [x.values for x in self.lines if x.event == event and wanted.items() <= x.values.items()]
-        return found[-1] if found else {}
+        """Values of the last line of a kind, in a log of ours."""
+        for line in reversed(self.lines):
+            if line.event == event and wanted.items() <= line.values.items():
+                return line.values
+        return {}
+
+    @property
+    def score_mode(self) -> str:
+        return self.last("result").get("score_mode", "")
+
+    @property
+    def final_score_line(self) -> dict[str, str]:
+        """The line of a log of ours where the artifact was scored in the mode that counts."""
+        return self.last("score", what="artifact", mode=self.score_mode)
+
+    @property
+    def skipped_updates(self) -> int | None:
+        """Updates at test time that were skipped for lack of time. Older logs tell it where they score only."""
+        return parse_int(self.last("result").get("skipped", self.final_score_line.get("skipped")))
 
 
 def read_train_log(path: Path) -> TrainLog | None:
-    """None where the file holds neither training steps nor a score: it is something else."""
+    """A training log; None where the file holds neither steps nor a score, and so is something else."""
     content = path.read_bytes()
     text = content.decode("utf-8", errors="replace")
     log = TrainLog(path, hashlib.sha256(content).hexdigest())
     named = IN_NAME.search(path.name)
     log.name_seed = int(named[1] or named[2]) if named else None
-    log.ours = bool(re.search(r"^run recipe:\S+ seed:\d+ run_id:", text, re.MULTILINE))
-    (read_ours if log.ours else read_challenge)(log, text)
+    log.ours = bool(OURS.search(text))
+    if log.ours:
+        read_ours(log, text)
+    else:
+        read_challenge(log, text)
     if log.seed is None:
         log.seed = log.name_seed
     log.numbers = set(re.findall(r"\d+\.\d{3,}", text))
     return log if log.ours or log.scores or log.steps else None
 
 
-def number(text: str | None, kind=float):
-    """None for what is missing or no number: a log that was cut in the middle of a word."""
+def parse_int(text: str | None) -> int | None:
+    """None for what is missing or not a number: a log can be cut off in the middle of a word."""
     try:
-        return kind(text) if text is not None else None
+        return int(text) if text is not None else None
+    except ValueError:
+        return None
+
+
+def parse_float(text: str | None) -> float | None:
+    try:
+        return float(text) if text is not None else None
     except ValueError:
         return None
 
 
 def read_ours(log: TrainLog, text: str) -> None:
+    """A log of train_gpt.py. A line that was cut off is left out; a log without its result line is not finished."""
     for row in text.splitlines():
         try:
             line = parse_line(row)
         except ValueError:
-            continue  # a line that was cut; a log that lacks its result line is found unfinished
-        log.lines += [line] if line else []
-    log.settings = {x.values["name"]: x.values.get("value", "") for x in log.lines if x.event == "config"}
+            continue
+        if line:
+            log.lines.append(line)
+    for line in log.lines:
+        if line.event == "config" and "name" in line.values:
+            name = line.values["name"]
+            log.settings[name] = line.values.get("value", "")
+            # a resumed run logs its settings again, all of them from the folder
+            log.sources.setdefault(name, line.values.get("source", ""))
     result = log.last("result")
     log.is_finished = bool(log.lines) and log.lines[-1].event == "result" and "artifact_sha256" in result
-    log.seed = number(log.last("run").get("seed"), int)
-    log.steps, log.train_s = number(result.get("steps"), int), number(result.get("train_s"))
-    log.eval_s = number(result.get("eval_s"))
-    log.artifact_bytes = number(result.get("artifact_bytes"), int)
-    log.code_bytes = number(result.get("code_bytes"), int)
-    log.total_bytes = number(result.get("total_bytes"), int)
-    log.step_ms = 1000 * log.train_s / log.steps if log.train_s is not None and log.steps else None
-    log.val_tokens = number(log.last("data", split="val").get("tokens"), int)
-    bpb, loss = number(result.get("val_bpb")), number(result.get("val_loss"))
+    log.seed = parse_int(log.last("run").get("seed"))
+    log.steps = parse_int(result.get("steps"))
+    log.train_s = parse_float(result.get("train_s"))
+    log.eval_s = parse_float(result.get("eval_s"))
+    log.artifact_bytes = parse_int(result.get("artifact_bytes"))
+    log.code_bytes = parse_int(result.get("code_bytes"))
+    log.total_bytes = parse_int(result.get("total_bytes"))
+    log.val_tokens = parse_int(log.last("data", split="val").get("tokens"))
+    if log.train_s is not None and log.steps:
+        log.step_ms = 1000 * log.train_s / log.steps
+    bpb, loss = parse_float(result.get("val_bpb")), parse_float(result.get("val_loss"))
     if bpb is not None and loss is not None:
-        log.scores.append(Score(result.get("score_mode", ""), bpb, loss, 8, log.eval_s))
+        log.scores.append(Score(log.score_mode, bpb, loss, 8, log.eval_s))
 
 
 def read_challenge(log: TrainLog, text: str) -> None:
@@ -165,14 +197,17 @@ def read_challenge(log: TrainLog, text: str) -> None:
         log.step_ms = 1000 * log.train_s / log.steps
     if log.final:
         log.eval_s = total_eval_s if total_eval_s is not None else log.final.eval_s
-    if log.total_bytes is None and None not in (log.artifact_bytes, log.code_bytes):
+    if log.code_bytes is None:
+        return
+    if log.total_bytes is None and log.artifact_bytes is not None:
         log.total_bytes = log.artifact_bytes + log.code_bytes
-    elif log.artifact_bytes is None and None not in (log.total_bytes, log.code_bytes):
+    elif log.artifact_bytes is None and log.total_bytes is not None:
         log.artifact_bytes = log.total_bytes - log.code_bytes
 
 
-def add_score(scores: dict[str, Score], found: re.Match) -> None:
-    """A rounded line and its exact twin are one score; so is a second name for the same numbers."""
+def add_score(scores: dict[str, Score], found: re.Match[str]) -> None:
+    """Adds the score of a line. A rounded line and its exact twin are one score; so is a second name for the same
+    numbers."""
     label = re.sub(r"_exact\b.*|[ :(].*", "", found[1]) + ("_sliding" if " sliding val_loss" in found[0] else "")
     digits = len(found[3].partition(".")[2])
     seconds = re.search(rf"(?:eval_time|elapsed|\btime)[:=]{NUMBER}(ms|s)", found[0])

@@ -1,4 +1,4 @@
-"""What a rule of a submission folder is, and what it says: ok, violated, or that the folder does not tell."""
+"""What a rule about a submission folder is, and what it says: ok, violated, or cannot tell."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from types import UnionType
+from typing import Any
 
 from tools.submission.entry import Entry
 
 OK, BAD, UNKNOWN = "ok", "violated", "cannot tell"
-Found = Iterator[tuple[str, str]]  # one of the three, and a line of detail
+FROM_BEST_TO_WORST = [OK, UNKNOWN, BAD]
+MOST_DETAILS = 4
+Found = Iterator[tuple[str, str]]  # one of the three, and a detail
 Rule = Callable[[Entry], Found]
 
 
@@ -22,26 +26,30 @@ class Verdict:
 
 
 def register(rules: dict[str, Rule]) -> Callable[[Rule], Rule]:
-    """A decorator that enters a rule under its own name."""
+    """A decorator that enters a rule into a table under its own name."""
 
-    def rule(function: Rule) -> Rule:
-        rules[function.__name__] = function
-        return function
+    def enter(rule: Rule) -> Rule:
+        rules[rule.__name__] = rule
+        return rule
 
-    return rule
+    return enter
 
 
-def decide(name: str, found: list[tuple[str, str]]) -> Verdict:
-    """The worst of what a rule found, with at most four details of that kind."""
+def decide(rule: str, found: list[tuple[str, str]]) -> Verdict:
+    """The worst of what a rule found, with the first few details of that kind."""
     found = found or [(UNKNOWN, "nothing in the folder tells")]
-    worst = max((level for level, _ in found), key=[OK, UNKNOWN, BAD].index)
-    details = list(dict.fromkeys(text for level, text in found if level == worst))
-    more = f"; and {len(details) - 4} more" if len(details) > 4 else ""
-    return Verdict(name, worst, " ".join("; ".join(details[:4]).split()) + more)
+    worst = max((level for level, _ in found), key=FROM_BEST_TO_WORST.index)
+    details = list(dict.fromkeys(detail for level, detail in found if level == worst))
+    text = " ".join("; ".join(details[:MOST_DETAILS]).split())
+    if len(details) > MOST_DETAILS:
+        text += f"; and {len(details) - MOST_DETAILS} more"
+    return Verdict(rule, worst, text)
 
 
-def has_kind(value, kind) -> bool:
-    """Of a type; float stands for any finite number."""
+def has_kind(value: Any, kind: type | UnionType) -> bool:
+    """Whether a value is of a type, where float accepts every finite number and bool is no number."""
+    if isinstance(value, bool):
+        return False
     if kind is float:
-        return isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and not isinstance(value, bool)
+        return isinstance(value, int | float | Decimal) and math.isfinite(value)
+    return isinstance(value, kind)
