@@ -21,7 +21,8 @@ Rules. What is packed is the source, but for these; nothing else in it has to be
    name is reached in all modules at once, and as an attribute or a word of a string ("loopgolf.adapting") as well; so
    too much stays rather than too little. An if or try that defines something goes or stays as a whole. What acts when a
    module is loaded stays: calls, and definitions under decorators other than the PLAIN ones.
-5. An import at the top of a module goes when nothing there uses it any more; a module, when nothing imports it any more.
+5. An import at the top of a module goes when nothing there uses it any more; a module goes when nothing imports it any
+   more.
 6. Local variables get short names, for 6% of the bytes. Parameters, attributes and what stands at the top of a module
    keep theirs, and so does everything in functions under triton.jit or custom_op.
 """
@@ -138,7 +139,6 @@ class Strip(ast.NodeTransformer):
         drop_docstring(node)
         self.fields.update(line for line in node.body if isinstance(line, ast.AnnAssign))
         self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
@@ -150,13 +150,12 @@ class Strip(ast.NodeTransformer):
             for arg in everyone:
                 arg.annotation = None
         self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
         self.generic_visit(node)
         if node not in self.fields:
-            return ast.Assign([node.target], node.value) if node.value else None
+            return ast.Assign([node.target], node.value) if node.value else ast.Pass()
         if not names_in(node.annotation) & TELLING:
             node.annotation = ast.Name("int")
         return node
@@ -170,7 +169,8 @@ class Strip(ast.NodeTransformer):
 
 def drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> None:
     if ast.get_docstring(node, clean=False) is not None:
-        node.body = node.body[1:]
+        rest = node.body[1:]
+        node.body = rest if rest or isinstance(node, ast.Module) else [ast.Pass()]
 
 
 def is_compiled_from_source(node: ast.FunctionDef) -> bool:
