@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, tiny_options
+from helpers import ROOT, SMALL, clean_environment, tiny_options
 
 import tools.pack
 import tools.submission.script
@@ -18,6 +18,7 @@ import train_gpt
 from loopgolf.source import find_counted
 
 RESERVE = 32_000
+QUICK = SMALL | dict(score_tokens=200, lora_chunk=32)
 
 
 def used_modules(recipe: str) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ def result_of(folder: Path) -> dict:
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     """In an empty folder, where nothing of the repository is found; and it leaves nothing of itself behind."""
-    arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora")
+    arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora", **QUICK)
     ours, source = tmp_path / "ours", tmp_path / "source"
     processes = [
         start(script, arguments, cwd, ranks) for script, cwd in ((packed, ours), (ROOT / "train_gpt.py", source))
@@ -209,8 +210,8 @@ RULES = {
     ),
     # 5. imports
     "imports": (
-        "import os, a.b, c.d as e\nfrom f import g, h as i\ndef main(): a.b.x, i\ndef j(): os, e, g",
-        "import a.b\nfrom f import h as i\ndef main():a.b.x,i",
+        "import os, a.b, c.d as e\nfrom f import g, h as i, k\ndef main(): a.b.x, i, k\ndef j(): os, e, g",
+        "import a.b\nfrom f import h as i,k\ndef main():a.b.x,i,k",
     ),
     "imports for what they do": ("import a\nfrom b import c\ndef main():pass", SAME),
     "lazy imports": ("def main():\n\tfrom a import b as c\n\treturn c", "def main():from a import b as A;return A"),
@@ -239,10 +240,10 @@ def test_rule(text, expected):
     [
         pytest.param(
             {
-                "train_gpt.py": "from p.a import run as go\nimport p.b as b\ndef main():return go(),b.run(x=1)",
+                "train_gpt.py": "from p.a import run as go\nimport p.b as b\ndef main():return go(),b.step(x=1)",
                 "p/__init__.py": "",
                 "p/a.py": "def run():return 1\ndef go():return 2",
-                "p/b.py": "def run(*,x):return x",
+                "p/b.py": "def step(*,x):return go(x)\ndef go(x):return x",
             },
             {},
             id="equal names, other names, keywords",

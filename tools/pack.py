@@ -69,7 +69,7 @@ TELLING = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations that change what a d
 OTHER_CHANGES = (  # that python-minifier would make
     *("combine_imports", "constant_folding", "convert_posargs_to_args", "hoist_literals", "remove_annotations"),
     *("remove_builtin_exception_brackets", "remove_explicit_return_none", "remove_literal_statements"),
-    *("remove_object_base", "remove_pass", "rename_globals"),
+    *("remove_object_base", "remove_pass"),
 )
 
 
