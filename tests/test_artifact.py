@@ -161,7 +161,13 @@ def test_any_other_file(data):
 
 
 def test_wrong_version_and_header_length(content):
-    for at, value, word in [(8, 1, "version"), (8, 4, "version"), (8, 0, "version"), (12, 1 << 31, "header"), (12, len(content), "header")]:
+    for at, value, word in [
+        (8, 1, "version"),
+        (8, 4, "version"),
+        (8, 0, "version"),
+        (12, 1 << 31, "header"),
+        (12, len(content), "header"),
+    ]:
         damaged = content[:at] + struct.pack("<I", value) + content[at + 4 : -32]
         assert word in refuse(damaged + hashlib.sha256(damaged).digest())
     for value in (0, 10):
@@ -348,7 +354,9 @@ def test_random_changes_to_the_header_never_crash(content, data):
         at = at[key]
         key = data.draw(st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    at[key] = data.draw(leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2))
+    at[key] = data.draw(
+        leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2)
+    )
     try:
         unpack_artifact(seal(header, split(content)[1]), describe_stored)
     except ArtifactError:
@@ -367,6 +375,7 @@ def test_errors_name_the_file(content, tmp_path):
 
 def test_the_file_is_checked_before_a_model_is_built(content, monkeypatch):
     """A stored config of 100 GB, in a file whose streams are small, is refused without memory for its tensors."""
+
     def enlarge(header):
         header["config"] |= dict(model_dim=65536, vocab_size=65536)
 

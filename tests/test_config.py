@@ -137,7 +137,9 @@ def test_a_config_never_changes():
 
 def test_an_artifact_stores_what_differs_from_the_defaults():
     config = tiny_config(seed=9)
-    differs = {f.name: getattr(config, f.name) for f in dataclasses.fields(Stored) if getattr(config, f.name) != f.default}
+    differs = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(Stored) if getattr(config, f.name) != f.default
+    }
     assert config.stored() == differs and Config().stored() == {}
     assert "seed" not in config.stored() and "plan" in config.stored() and "score_mode" in config.stored()
 

@@ -108,7 +108,11 @@ def test_the_score_comes_from_the_file_alone(finished, dataset, tmp_path, monkey
     folder, _ = finished
     _, before = parse_log((folder / "log.txt").read_text())[-1]
     copy = shutil.copy(folder / "artifact.lg", tmp_path / "moved.lg")
-    given = ["--score", copy, *options(data_path=dataset, score_tokens=400, device="cpu", dtype="float32", compile="none")]
+    given = [
+        "--score",
+        copy,
+        *options(data_path=dataset, score_tokens=400, device="cpu", dtype="float32", compile="none"),
+    ]
     assert call(given, tmp_path, monkeypatch) == 0
     _, after = parse_log(capsys.readouterr().out)[-1]
     for key in ("val_bpb", "val_loss", "score_mode", "bpb_plain", "artifact_bytes", "artifact_sha256"):
