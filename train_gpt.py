@@ -42,13 +42,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.shards import TokenStream, find_shards
-from kernels.attention import attend, rotate
+from kernels.attention import attend, build_rotation, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, KeysValues
 from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
-from loopgolf.layers import Adapter, Linear, Table, rms_norm
+from loopgolf.layers import Adapter, Linear, Norms, Table, rms_norm
 from loopgolf.options import (
     MOST,
     check_choice,
@@ -63,8 +63,10 @@ from loopgolf.params import (
     DeclaringModule,
     collect_specs,
     start_at,
+    start_identity,
     start_normal,
     start_orthogonal,
+    start_stacked,
     start_weights,
     vector,
 )
@@ -585,6 +587,46 @@ class PassRow(NamedTuple):
     lora: Mapping[str, Adapter] = {}  # by layer
 
 
+class PassTable(DeclaringModule):
+    """What differs between passes: a row for each, at the slot that the plan gives it."""
+
+    mixes: nn.Parameter | None
+    scales: nn.Parameter | None
+    adapters: nn.Parameter | None
+    skips: nn.Parameter | None
+    value_scales: nn.Parameter | None
+
+    def __init__(self, config: Config, n_slots: int):
+        super().__init__()
+        P, D = n_slots, config.model_dim
+        self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
+        value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
+        self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
+        # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
+        stream_only = start_stacked(start_at(1.0), start_at(0.0))
+        no_op = start_stacked(start_normal(0.01), start_at(0.0))
+        self.declare("mixes", (P, 2, D), vector(stream_only), when=config.pass_scales)
+        self.declare("scales", (P, 2, D), vector(start_at(1.0)), when=config.pass_scales)
+        self.declare("adapters", (P, 2, D, config.adapter_rank), vector(no_op), when=config.adapter_rank > 0)
+        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=config.skips == "unet" and P > 1)
+        self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
+
+    def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
+        """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
+        mix = None if self.mixes is None else self.mixes[slot]
+        scale = None if self.scales is None else self.scales[slot]
+        adapter = None if self.adapters is None else self.adapters[slot]
+        scaled_value = None
+        if slot in self.value_rows and value is not None and self.value_scales is not None:
+            scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
+        return PassRow(mix, scale, adapter, loop, scaled_value, slot in self.xsa)
+
+    def skip(self, index: int) -> Tensor:
+        """Weight of what pass `index` left for its mirror image in the second half."""
+        assert self.skips is not None
+        return self.skips[index]
+
+
 class Stream(NamedTuple):
     """What all passes of a forward share."""
 
@@ -664,31 +706,21 @@ class Block(DeclaringModule):
     """Attention and MLP of one physical block. Matrices that write to the stream start at zero, so that every block
     starts as a no-op. `visits`: rows of the per-pass tables that belong to it."""
 
-    attention_norm: nn.Parameter | None
-    mlp_norm: nn.Parameter | None
-    attention_out_norm: nn.Parameter | None
-    mlp_out_norm: nn.Parameter | None
-    moe_norm: nn.Parameter | None
-    mlp_gate: nn.Parameter | None
-    moe_gate: nn.Parameter | None
+    moe: Any  # a mixture of experts besides the MLP, or None
 
     def __init__(self, config: Config, dtype: torch.dtype, reach: int, visits: int):
         super().__init__()
-        D = config.model_dim
         grid = "core" if visits > 1 else "edge"
         self.is_sandwich = config.block_norm == "sandwich"
-        has_moe = config.moe_experts > 0
-        has_norms = config.norm_weights
-        self.declare("attention_norm", (D,), vector(start_at(1.0)), when=has_norms)
-        self.declare("mlp_norm", (D,), vector(start_at(1.0)), when=has_norms)
-        self.declare("attention_out_norm", (D,), vector(start_at(1.0)), when=has_norms and self.is_sandwich)
-        self.declare("mlp_out_norm", (D,), vector(start_at(1.0)), when=has_norms and self.is_sandwich)
-        self.declare("moe_norm", (D,), vector(start_at(1.0)), when=has_norms and has_moe)
-        self.declare("mlp_gate", (1,), vector(start_at(0.5)), when=has_moe)
-        self.declare("moe_gate", (1,), vector(start_at(0.5)), when=has_moe)
+        names = ["attention", "mlp"]
+        if self.is_sandwich:
+            names += ["attention_out", "mlp_out"]
+        if config.moe_experts:
+            names += ["moe"]
+        self.norms = Norms(names, config.model_dim, config.norm_weights)
         self.attention = Attention(config, grid, dtype, reach)
         self.mlp = MLP(config, grid, dtype)
-        self.moe = build_mixture(config, grid, dtype, visits) if has_moe else None
+        self.moe = build_mixture(config, grid, dtype, visits) if config.moe_experts else None
 
     def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None, Tensor | None]:
         """The stream (B, T, D) after this pass; all keys and values if they are kept; the losses of the mixture."""
@@ -698,19 +730,21 @@ class Block(DeclaringModule):
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        y, kept = self.attention(rms_norm(x, self.attention_norm), row, stream)
+        y, kept = self.attention(self.norms(x, "attention"), row, stream)
         x = add_scaled(x, y, row.scale, 0)
         if self.is_sandwich:
-            x = rms_norm(x, self.attention_out_norm)
-        y, losses = self.mlp(rms_norm(x, self.mlp_norm), row.lora), None
+            x = self.norms(x, "attention_out")
+        y, losses = self.mlp(self.norms(x, "mlp"), row.lora), None
         if self.moe is not None:
-            assert self.mlp_gate is not None and self.moe_gate is not None
-            mixed, losses = self.moe(rms_norm(x, self.moe_norm), row.loop)
-            y = self.mlp_gate.to(x.dtype) * y + self.moe_gate.to(x.dtype) * mixed
+            y, losses = self.moe.add_to(y, self.norms(x, "moe"), row.loop)
         x = add_scaled(x, y, row.scale, 1)
         if self.is_sandwich:
-            x = rms_norm(x, self.mlp_out_norm)
+            x = self.norms(x, "mlp_out")
         return x, kept, losses
+
+    def loop_row(self, visit: int) -> Tensor | None:
+        """What the mixture knows of a visit."""
+        return None if self.moe is None else self.moe.loops[visit]
 
     def linears(self) -> dict[str, Linear]:
         """The layers that an adapter of test-time training can be put on."""
@@ -718,7 +752,7 @@ class Block(DeclaringModule):
 
     def active_weights(self) -> int:
         """How many matrix entries a token is multiplied with."""
-        routed = self.moe.active_weights() if self.moe is not None else 0
+        routed = 0 if self.moe is None else self.moe.active_weights()
         return sum(linear.weight.numel() for linear in self.linears().values()) + routed
 
 
@@ -727,73 +761,11 @@ def add_scaled(x: Tensor, y: Tensor, scale: Tensor | None, part: int) -> Tensor:
     return x + (y if scale is None else scale[part].to(x.dtype) * y)
 
 
-def build_mixture(config: Config, grid: str, dtype: torch.dtype, visits: int) -> nn.Module:
+def build_mixture(config: Config, grid: str, dtype: torch.dtype, visits: int) -> Any:
     """Imported and packed only where a recipe has experts."""
     moe = import_when_used("loopgolf.moe", f"moe_experts={config.moe_experts}")
     shape = moe.MoEShape(config.moe_experts, config.moe_hidden, config.moe_top)
     return moe.MoE(config.model_dim, shape, visits, grid, dtype)
-
-
-class PassTable(DeclaringModule):
-    """What differs between passes: a row for each, at the slot that the plan gives it."""
-
-    mixes: nn.Parameter | None
-    scales: nn.Parameter | None
-    adapters: nn.Parameter | None
-    skips: nn.Parameter | None
-    value_scales: nn.Parameter | None
-
-    def __init__(self, config: Config, n_slots: int):
-        super().__init__()
-        P, D = n_slots, config.model_dim
-        self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
-        value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
-        self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
-        # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
-        self.declare("mixes", (P, 2, D), vector(start_mixes), when=config.pass_scales)
-        self.declare("scales", (P, 2, D), vector(start_at(1.0)), when=config.pass_scales)
-        self.declare("adapters", (P, 2, D, config.adapter_rank), vector(start_adapters), when=config.adapter_rank > 0)
-        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=config.skips == "unet" and P > 1)
-        self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
-
-    def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
-        """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
-        mix = None if self.mixes is None else self.mixes[slot]
-        scale = None if self.scales is None else self.scales[slot]
-        adapter = None if self.adapters is None else self.adapters[slot]
-        scaled_value = None
-        if slot in self.value_rows and value is not None and self.value_scales is not None:
-            scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
-        return PassRow(mix, scale, adapter, loop, scaled_value, slot in self.xsa)
-
-    def skip(self, index: int) -> Tensor:
-        """Weight of what pass `index` left for its mirror image in the second half."""
-        assert self.skips is not None
-        return self.skips[index]
-
-
-def start_mixes(fresh: Tensor, generator: torch.Generator) -> None:
-    """All of the stream, nothing of the embedding."""
-    fresh[:, 0].fill_(1.0)
-
-
-def start_adapters(fresh: Tensor, generator: torch.Generator) -> None:
-    fresh[:, 0].normal_(std=0.01, generator=generator)
-
-
-class StreamNorms(DeclaringModule):
-    """Learned weights of the norms outside of blocks."""
-
-    embed: nn.Parameter | None
-    loop: nn.Parameter | None
-    final: nn.Parameter | None
-
-    def __init__(self, config: Config):
-        super().__init__()
-        D, has_weights = config.model_dim, config.norm_weights
-        self.declare("embed", (D,), vector(start_at(1.0)), when=has_weights and config.embed_norm)
-        self.declare("loop", (D,), vector(start_at(1.0)), when=has_weights and "~" in config.plan)
-        self.declare("final", (D,), vector(start_at(1.0)), when=has_weights)
 
 
 class LoopedGPT(DeclaringModule):
@@ -826,7 +798,12 @@ class LoopedGPT(DeclaringModule):
         if config.inject == "concat":
             for group in self.plan.injected:
                 self.inject[str(group)] = Linear(2 * D, (D,), dtype, "edge", start_identity)
-        self.norms = StreamNorms(config)
+        names = ["final"]
+        if config.embed_norm:
+            names += ["embed"]
+        if "~" in config.plan:
+            names += ["loop"]
+        self.norms = Norms(names, D, config.norm_weights)
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
         self.run_block = compile_in(("block",), compile_mode, Block.forward)
@@ -896,7 +873,7 @@ class LoopedGPT(DeclaringModule):
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
                 name = self.plan.names[p.block]
-                block = self.blocks[name]
+                block = self.block(name)
                 for group in p.enter:
                     entered[group] = x
                 for group in p.inject:
@@ -904,8 +881,7 @@ class LoopedGPT(DeclaringModule):
                 if n_skips <= index < 2 * n_skips:
                     mirror = 2 * n_skips - 1 - index
                     x = x + self.passes.skip(mirror).to(x.dtype) * pushed[mirror]
-                loop = None if block.moe is None else block.moe.loops[p.visit]
-                row = self.passes.row(p.slot, value, loop)._replace(lora=lora.get(name, {}))
+                row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
                 if cache:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
                     row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
@@ -915,14 +891,14 @@ class LoopedGPT(DeclaringModule):
                 if on_pass:
                     x = on_pass(p, x)
                 if p.norm:
-                    x = rms_norm(x, self.norms.loop)
+                    x = self.norms(x, "loop")
                 if index < n_skips:
                     pushed.append(x)
                 if cache and kept is not None:
                     cache.keep(slots[index], kept)
         if cache:
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
-        return rms_norm(x, self.norms.final), routing
+        return self.norms(x, "final"), routing
 
     def choose_block_runner(self, on_pass: OnPass | None) -> Callable[..., Any]:
         run_block = self.run_block if on_pass is None else Block.forward
@@ -953,7 +929,7 @@ class LoopedGPT(DeclaringModule):
         docs = None
         if self.config.doc_attention:
             docs = (seen[:, -past - T :] == self.config.bos_id).cumsum(1, dtype=torch.int32)
-        cos, sin = self.rotary(past + T, tokens.device)
+        cos, sin = build_rotation(past + T, self.config.rope_dims, self.config.rope_base, self.embed.weight)
         window = cache.window if cache else self.config.seq_len
         return Stream(self.embed_tokens(seen[:, -T - 2 :]), cos, sin, window, docs)
 
@@ -966,32 +942,23 @@ class LoopedGPT(DeclaringModule):
             previous = torch.where(is_start, config.bos_id, tokens[:, :-1])
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
-            x = rms_norm(x, self.norms.embed)
+            x = self.norms(x, "embed")
         if self.smear_gate is None:
             return x[:, 1:]
         # smear: modded-nanogpt; parameter-golf #65
         gate = torch.sigmoid(self.smear_gate).to(x.dtype)
         return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
 
-    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, (length, 1, half); the frequencies cover the whole range whatever part of a head rotates."""
-        half = self.config.rope_dims // 2
-        speed = self.config.rope_base ** -(torch.arange(half, device=device, dtype=torch.float32) / max(half, 1))
-        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speed)[:, None]
-        dtype = self.embed.weight.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
     def linears(self) -> dict[str, dict[str, Linear]]:
-        return {name: block.linears() for name, block in self.blocks.items()}
+        return {name: self.block(name).linears() for name in self.plan.names}
+
+    def block(self, name: str) -> Block:
+        block = self.blocks[name]
+        assert isinstance(block, Block)
+        return block
 
     def parameters_of_block(self, letter: str) -> list[nn.Parameter]:
-        return list(self.blocks[letter].parameters())
-
-
-def start_identity(fresh: Tensor, generator: torch.Generator) -> None:
-    """A matrix on two streams that takes the first one and nothing of the second."""
-    rows = fresh.shape[0]
-    fresh[:, :rows] = torch.eye(rows)
+        return list(self.block(letter).parameters())
 
 
 def compile_in(modes: tuple[str, ...], mode: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -1021,7 +988,7 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
     for p in model.plan.passes(Depth(1), config.rows):
-        block = model.blocks[model.plan.names[p.block]]
+        block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)

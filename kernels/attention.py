@@ -62,3 +62,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
+
+
+def build_rotation(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, 1, dims / 2), where and in what `like` is. The frequencies cover the whole range whatever
+    part of a head rotates."""
+    half = dims // 2
+    speed = base ** -(torch.arange(half, device=like.device, dtype=torch.float32) / max(half, 1))
+    angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), speed)[:, None]
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)

@@ -16,8 +16,8 @@ from loopgolf.errors import ArtifactError
 from loopgolf.quantize import RowGrid, StoredTensor
 
 STACKED = {  # rows of one tensor of a block, in their order, as far as the block has them
-    "norms": ("attention_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "moe_norm"),
-    "gates": ("mlp_gate", "moe_gate"),
+    "norms": ("norms.attention", "norms.mlp", "norms.attention_out", "norms.mlp_out", "norms.moe"),
+    "gates": ("moe.mlp_gate", "moe.moe_gate"),
 }
 OldTable = dict[str, tuple[tuple[int, ...], int]]  # shape and bits of every stored tensor, in the order of the file
 

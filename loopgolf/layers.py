@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopgolf.params import DeclaringModule, Start, matrix, table
+from loopgolf.params import DeclaringModule, Start, matrix, start_at, table, vector
 
 Adapter = tuple[Tensor, Tensor]  # (B, fan_in, R) and (B, R, fan_out): for each row of the batch its own
 
@@ -44,3 +46,15 @@ class Table(DeclaringModule):
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps=1e-6)
+
+
+class Norms(DeclaringModule):
+    """Root mean square norms over the last axis, by name, each with a learned weight per channel or all without."""
+
+    def __init__(self, names: Sequence[str], width: int, has_weights: bool):
+        super().__init__()
+        for name in names:
+            self.declare(name, (width,), vector(start_at(1.0)), when=has_weights)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, getattr(self, name))

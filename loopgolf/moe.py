@@ -109,6 +109,8 @@ class MoE(DeclaringModule):
     table are vectors, apart from what is quantized and decayed: a routing decision is a comparison, and it flips where
     an output would only blur. `visits`: how often the plan's tables have this block, each with a row of `loops`."""
 
+    mlp_gate: nn.Parameter
+    moe_gate: nn.Parameter
     router: nn.Parameter
     loops: nn.Parameter
 
@@ -119,6 +121,8 @@ class MoE(DeclaringModule):
             raise ValueError(f"{dim=} and {hidden=} must be multiples of 8, and top={shape.top} from 1 to {experts=}")
         self.experts = experts
         self.top = shape.top
+        self.declare("mlp_gate", (1,), vector(start_at(0.5)))
+        self.declare("moe_gate", (1,), vector(start_at(0.5)))
         self.declare("router", (experts, 2 * dim), vector(start_normal(0.02)))
         self.declare("loops", (visits, dim), vector(start_normal(0.02)))
         gate_and_up, every_gate_and_up = (hidden, hidden), (hidden, hidden) * experts  # gate, up, gate, up, ...
@@ -126,6 +130,11 @@ class MoE(DeclaringModule):
         self.shared_down = Linear(hidden, (dim,), dtype, grid, start_at(0.0))
         self.up = Linear(dim, every_gate_and_up, dtype, grid, start_orthogonal(every_gate_and_up))
         self.down = Linear(hidden, (dim,) * experts, dtype, grid, start_at(0.0))
+
+    def add_to(self, y: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
+        """What the dense MLP made of the stream, gated, and what the experts make of h, gated; and their losses."""
+        mixed, losses = self(h, loop)
+        return self.mlp_gate.to(y.dtype) * y + self.moe_gate.to(y.dtype) * mixed, losses
 
     def forward(self, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
         """h (..., D), loop (D,): this pass's row of `loops`, handed in because a compiled graph would be made anew for

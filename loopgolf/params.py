@@ -125,3 +125,19 @@ def start_orthogonal(parts: tuple[int, ...], scale: float = 1.0) -> Start:
             fresh.mul_(scale)
 
     return fill
+
+
+def start_stacked(first: Start, second: Start) -> Start:
+    """For tensors (n, 2, ...): two parts that start differently."""
+
+    def fill(fresh: Tensor, generator: torch.Generator) -> None:
+        first(fresh[:, 0], generator)
+        second(fresh[:, 1], generator)
+
+    return fill
+
+
+def start_identity(fresh: Tensor, generator: torch.Generator) -> None:
+    """A matrix on two streams that takes the first one and nothing of the second."""
+    rows = fresh.shape[0]
+    fresh[:, :rows] = torch.eye(rows)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import at, tiny_config, tiny_model
 from torch import Tensor
 
-from kernels.attention import attend_fused, attend_in_blocks
+from kernels.attention import attend_fused, attend_in_blocks, build_rotation
 from kernels.head import softcap_logits
 from loopgolf.cache import Cache
 from loopgolf.params import collect_specs, start_weights
@@ -121,7 +121,7 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: Depth) -> Tensor:
         is_sandwich = config.block_norm == "sandwich"
 
         def block_norm(x: Tensor, name: str, letter: str = letter) -> Tensor:
-            return norm(x, w.get(f"blocks.{letter}.{name}", 1.0))
+            return norm(x, w.get(f"blocks.{letter}.norms.{name}", 1.0))
 
         value = None
         if p.slot in value_rows:
@@ -131,19 +131,19 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: Depth) -> Tensor:
         x = mix[0] * x + mix[1] * x0
         if config.adapter_rank:
             x = x + x @ w["passes.adapters"][p.slot, 0] @ w["passes.adapters"][p.slot, 1].T
-        x = x + scale[0] * attend_one_by_one(model, letter, block_norm(x, "attention_norm"), value, is_xsa)
-        x = block_norm(x, "attention_out_norm") if is_sandwich else x
-        hidden = block_norm(x, "mlp_norm") @ block.mlp.up.weight.T
+        x = x + scale[0] * attend_one_by_one(model, letter, block_norm(x, "attention"), value, is_xsa)
+        x = block_norm(x, "attention_out") if is_sandwich else x
+        hidden = block_norm(x, "mlp") @ block.mlp.up.weight.T
         gate, gated = hidden[:, : config.mlp_dim], hidden[:, config.mlp_dim :]
         hidden = gate * gate.sigmoid() * gated if config.mlp == "swiglu" else hidden.clamp(min=0).square()
         y = hidden @ block.mlp.down.weight.T
         if config.moe_experts:
             earlier = model.plan.slot_owners(config.rows)[: p.slot]
             experts = dict(block.moe.named_parameters())
-            mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), block_norm(x, "moe_norm"))
-            y = block.mlp_gate * y + block.moe_gate * mixed
+            mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), block_norm(x, "moe"))
+            y = block.moe.mlp_gate * y + block.moe.moe_gate * mixed
         x = x + scale[1] * y
-        x = block_norm(x, "mlp_out_norm") if is_sandwich else x
+        x = block_norm(x, "mlp_out") if is_sandwich else x
         if p.norm:
             x = norm(x, w.get("norms.loop", 1.0))
         if index < half:
@@ -275,7 +275,7 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
     config = tiny_config(num_heads=4, rope_dims=4, num_kv_heads=2)
     model, x = tiny_model(config), torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3))
     value = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(4))
-    stream = Stream(x, *model.rotary(11, x.device), 32, None)
+    stream = Stream(x, *build_rotation(11, config.rope_dims, config.rope_base, x), 32, None)
     attention = model.blocks["a"].attention
     attention.out.weight.copy_(torch.eye(32))
 

@@ -34,6 +34,11 @@ def build(D=16, H=8, E=5, top=2, loops=3, dtype=torch.float32) -> MoE:
     return moe
 
 
+def inner_weights(moe: MoE) -> dict[str, torch.nn.Parameter]:
+    """All but the gates, which weigh the experts against the dense MLP of the block."""
+    return {name: p for name, p in moe.named_parameters() if "gate" not in name}
+
+
 def choose_logits(kind: str, N: int, E: int) -> torch.Tensor:
     logits = draw(N, E, seed=9)
     if kind == "one expert without a token":
@@ -73,7 +78,7 @@ def test_the_layer_and_every_gradient_are_those_of_the_published_formula(loop):
     expected.mul(draw(*y.shape, seed=3).flatten(0, 1)).sum().backward()
     torch.testing.assert_close(y.double().flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(h.grad.double().flatten(0, 1), tokens.grad, rtol=1e-5, atol=1e-5)
-    for name, p in moe.named_parameters():
+    for name, p in inner_weights(moe).items():
         torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=1e-5, atol=1e-5, msg=name)
         assert p.grad.any(), name
 
@@ -102,12 +107,12 @@ def test_the_published_model_has_the_published_size():
     D, V, blocks, loops = 1536, 65536, 3, 6
     with torch.device("meta"):
         moe = MoE(D, MoEShape(11, 1024, 2), loops, "core", torch.float32)
-    assert sum(p.numel() for p in moe.parameters()) == (1 + 11) * 3 * D * 1024 + 11 * 2 * D + loops * D
+    assert sum(p.numel() for p in moe.parameters()) == (1 + 11) * 3 * D * 1024 + 11 * 2 * D + loops * D + 2
     assert moe.active_weights() == (1 + 2) * 3 * D * 1024 + 11 * 2 * D
-    attention, dense, gates = 4 * D * D, 3 * D * 4096, 2
+    attention, dense = 4 * D * D, 3 * D * 4096
     norms = blocks * 3 * D + 2 * D  # before attention, dense and mixture; between loops; after all
     adapters = blocks * loops * 2 * 16 * D
-    rest = V * D + blocks * (attention + dense + gates) + norms + adapters
+    rest = V * D + blocks * (attention + dense) + norms + adapters
     assert rest + blocks * sum(p.numel() for p in moe.parameters()) == 356_497_926
 
 
@@ -115,7 +120,7 @@ def compute_all(moe: MoE, h: torch.Tensor, run=None) -> list[torch.Tensor]:
     moe.zero_grad()
     y, losses = (run or moe)(h, moe.loops[1])
     (y.float().square().sum() + losses.sum()).backward()
-    return [y.detach(), losses.detach(), *(p.grad.clone() for p in moe.parameters())]
+    return [y.detach(), losses.detach(), *(p.grad.clone() for p in inner_weights(moe).values())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,11 +239,11 @@ def test_fresh_weights_and_their_kinds():
     moe = block.moe
     for part in (*moe.up.weight.split(moe.up.parts), *moe.shared_up.weight.split(moe.shared_up.parts)):
         torch.testing.assert_close(part @ part.T, torch.eye(16), rtol=0, atol=1e-5)
-    assert not moe.down.weight.any() and not moe.shared_down.weight.any() and block.mlp_gate == block.moe_gate == 0.5
+    assert not moe.down.weight.any() and not moe.shared_down.weight.any() and moe.mlp_gate == moe.moe_gate == 0.5
     assert all(abs(p.std().item() - 0.02) < 0.005 for p in (moe.router, moe.loops)) and len(moe.loops) == 3
     kinds = [
         collect_specs(model)[f"blocks.b.{name}"].group
-        for name in ("moe.up.weight", "moe.router", "moe.loops", "moe_gate", "mlp_norm")
+        for name in ("moe.up.weight", "moe.router", "moe.loops", "moe.moe_gate", "norms.mlp")
     ]
     assert kinds == ["matrix", *["vector"] * 4] and collect_specs(model)["blocks.b.moe.down.weight"].role == "core"
 
