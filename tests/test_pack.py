@@ -13,27 +13,32 @@ import pytest
 from helpers import ROOT, SMALL, clean_environment, tiny_options
 
 import tools.pack
-import tools.submission.script
 import train_gpt
 from loopgolf.source import find_counted
+from tools.submission import script
 
 RESERVE = 32_000
 QUICK = SMALL | dict(score_tokens=200, lora_chunk=32)
 
 
+def config_of(recipe: str) -> train_gpt.Config:
+    return train_gpt.parse_config(["--recipe", recipe], {})[0]
+
+
 def used_modules(recipe: str) -> tuple[str, ...]:
     """The lazy ones."""
-    return tuple(train_gpt.used_modules(train_gpt.parse_config(["--recipe", recipe], {})[0]))
+    return tuple(train_gpt.used_modules(config_of(recipe)))
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory) -> dict[tuple[str, ...], Path]:
-    """The scripts of all recipes by the lazy modules that they use, as recipes that use the same give the same bytes."""
+    """The scripts of all recipes, by the lazy modules that they use: those that use the same have the same script. They
+    are made from a record's readable source, so that tools.pack itself has to agree with that."""
     found = {}
     for recipe in train_gpt.RECIPES:
         if used_modules(recipe) not in found:
             path = tmp_path_factory.mktemp("packed") / f"renamed_{recipe}.py"
-            assert tools.pack.main(["--recipe", recipe, "--out", str(path), "--code_reserve", str(RESERVE)]) == 0
+            path.write_bytes(script.pack_sources(script.join_sources(script.counted_sources(config_of(recipe)))))
             found[used_modules(recipe)] = path
     return found
 
@@ -49,11 +54,11 @@ def packed(scripts) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start(script: Path, arguments: list[str], cwd: Path, ranks: int = 0) -> subprocess.Popen[str]:
+def start(program: Path, arguments: list[str], cwd: Path, ranks: int = 0) -> subprocess.Popen[str]:
     (cwd / "tmp").mkdir(parents=True, exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.Popen(
-        [sys.executable, *launch, str(script), *arguments],
+        [sys.executable, *launch, str(program), *arguments],
         cwd=cwd,
         env=clean_environment(TMPDIR=cwd / "tmp"),
         stdout=subprocess.PIPE,
@@ -69,6 +74,10 @@ def end(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def test_every_recipe_fits_its_reserve(scripts):
+    assert all(path.stat().st_size <= RESERVE for path in scripts.values())
+
+
 def result_of(folder: Path) -> dict:
     return json.loads((folder / "runs/r/result.json").read_text())["result"]
 
@@ -79,7 +88,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora", **QUICK)
     ours, source = tmp_path / "ours", tmp_path / "source"
     processes = [
-        start(script, arguments, cwd, ranks) for script, cwd in ((packed, ours), (ROOT / "train_gpt.py", source))
+        start(program, arguments, cwd, ranks) for program, cwd in ((packed, ours), (ROOT / "train_gpt.py", source))
     ]
     for process in processes:
         end(process)
@@ -88,13 +97,15 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     assert mine["code_bytes"] == packed.stat().st_size and other["code_bytes"] == 1000
     assert mine["total_bytes"] == mine["artifact_bytes"] + mine["code_bytes"]
     assert not list((ours / "tmp").glob("loopgolf-*"))
-    # its log proves what ran: the modules inside
-    modules = tools.submission.script.unpack_modules(packed.read_bytes())
-    assert f"code_sha256:{tools.submission.script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
+    # logs prove what ran: the source, and the modules inside
+    sources = script.counted_sources(config_of("pocket"))
+    assert f"code_sha256:{script.hash_sources(sources)}" in (source / "runs/r/log.txt").read_text()
+    modules = script.unpack_modules(packed.read_bytes())
+    assert f"code_sha256:{script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
 
 
 def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
-    """Whatever order the sets of another process have."""
+    """From the repository as from a readable source, whatever order the sets of a process have."""
     command = [sys.executable, "-m", "tools.pack", "--recipe=pocket", f"--code-reserve={RESERVE}"]
     environment = clean_environment(PYTHONHASHSEED=7)
     subprocess.run([*command, f"--out={tmp_path / 'again.py'}"], cwd=ROOT, env=environment, check=True)
@@ -103,7 +114,7 @@ def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
 
 def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
     mixed = scripts[used_modules("osrt_v4")]
-    inside, others = (set(tools.submission.script.unpack_modules(path.read_bytes())) for path in (mixed, packed))
+    inside, others = (set(script.unpack_modules(path.read_bytes())) for path in (mixed, packed))
     assert (inside - others, others - inside) == ({"loopgolf/moe.py"}, {"loopgolf/adapting.py"})
     assert "loopgolf/artifact_v2.py" not in inside | others
     options = ["--code_reserve", str(RESERVE), "--moe_experts", "3"]
@@ -298,19 +309,3 @@ def test_modules_of_a_run(tmp_path):
     assert list(find_counted(tmp_path, [])) == own
     assert list(find_counted(tmp_path, ["p.lazy", "nowhere"])) == sorted([*own, "p.lazy", "p.d"])
     assert find_counted(tmp_path, [])["p"] == tmp_path / "p/__init__.py"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Records
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_readable_source_is_packed_to_the_script(packed):
-    script = tools.submission.script
-    config, _ = train_gpt.parse_config(["--recipe", "pocket"], {})
-    sources = script.counted_sources(config)
-    joined = script.join_sources(sources)
-    assert script.split_sources(joined) == sources
-    assert script.pack_sources(joined) == packed.read_bytes()
-    assert script.hash_sources(sources) == train_gpt.hash_counted_code(config)
-    assert script.unpack_zip(packed.read_bytes()).count("\ndef main(argv,environ,code_bytes=0):") == 1

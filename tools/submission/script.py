@@ -14,8 +14,10 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import train_gpt
 from tools import pack
@@ -118,7 +120,7 @@ def decode_text(text: str | bytes, filters: list[dict]) -> bytes | None:
             raw = decode(text)
         except ValueError:
             continue
-        readers = [lambda: lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj]
+        readers: list[Callable[[], Any]] = [lambda: lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj]
         if filters:
             readers.append(lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters))
         for reader in readers:
