@@ -1531,7 +1531,6 @@ class ScorerEntry(NamedTuple):
     help: str
 
 
-
 SCORERS = {
     "plain": ScorerEntry("loopgolf.scoring", "PlainScorer", "windows that do not overlap"),
     "sliding": ScorerEntry("loopgolf.scoring", "SlidingScorer", "short strides, many times the work"),

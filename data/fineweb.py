@@ -1,6 +1,6 @@
 """The challenge's published FineWeb shards and tokenizer, from the Hugging Face hub into a dataset folder.
 
-    python -m data.fineweb [--variant sp1024|sp8192] [--train-shards N] [--out FOLDER] [--repo OWNER/NAME]
+    python -m data.fineweb [--variant sp1024|sp8192] [--train_shards N] [--out FOLDER] [--repo OWNER/NAME]
     python -m data.fineweb verify [--out FOLDER]
 
 The published manifest says what there is. The files get their places in the folder when all have arrived, so
@@ -26,18 +26,19 @@ from tqdm import tqdm
 from data.folder import (
     MANIFEST,
     TOKENIZER,
-    Parser,
     compute_sha256,
     flatten,
     load_manifest,
     log,
     positive,
-    run_program,
+    tidy_when_terminated,
     write_manifest,
 )
 from data.shards import find_shards, read_shard
 from data.tokenizer import load_tokenizer
 from loopgolf.errors import DataError
+from loopgolf.options import Parser
+from loopgolf.runtime import run_program
 
 # The challenge's own repository holds sp1024 only; other vocabularies are published by participants.
 REPOSITORIES = {"sp1024": "willdepueoai/parameter-golf", "sp8192": "kevclark/parameter-golf"}
@@ -52,13 +53,15 @@ T = TypeVar("T")
 
 # --- the hub
 
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A published file, and its name in the dataset folder."""
+
     path: str
     name: str
     size: int
-    etag: str     # sha256 of a large file, git's blob hash of a small one
+    etag: str  # sha256 of a large file, git's blob hash of a small one
     commit: str
 
 
@@ -78,23 +81,22 @@ def ask_hub(repo: str, path: str, request: Callable[[], T]) -> T:
     except errors.RepositoryNotFoundError:
         raise DataError(f"{repo}: no such public dataset repository; check --repo") from None
     except errors.EntryNotFoundError:
-        raise DataError(f"{repo}: {path} is missing there; choose fewer --train-shards "
-                        "or another --repo") from None
+        raise DataError(f"{repo}: {path} is missing there; choose fewer --train_shards or another --repo") from None
     except errors.HFValidationError:
         raise DataError(f"{repo}: not the name of a repository; give --repo OWNER/NAME") from None
     except errors.OfflineModeIsEnabled:
         raise OSError("the hub client is in offline mode; unset HF_HUB_OFFLINE and run again") from None
     except (errors.HTTPError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise OSError(f"{repo}: {path} did not arrive ({reason}); run again, "
-                      "files that have arrived are kept") from None
+        raise OSError(
+            f"{repo}: {path} did not arrive ({reason}); run again, files that have arrived are kept"
+        ) from None
 
 
 def look_up(repo: str, path: str, name: str) -> RemoteFile:
     """Size and hash of a published file, without its content."""
     hub = import_hub()
-    found = ask_hub(repo, path, lambda: hub.get_hf_file_metadata(
-        hub.hf_hub_url(repo, path, repo_type="dataset")))
+    found = ask_hub(repo, path, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repo, path, repo_type="dataset")))
     if found.size is None or not found.etag:
         raise DataError(f"{repo}: the server tells no size or hash of {path}; check HF_ENDPOINT")
     return RemoteFile(path, name, found.size, found.etag, found.commit_hash or "")
@@ -103,8 +105,11 @@ def look_up(repo: str, path: str, name: str) -> RemoteFile:
 def fetch(repo: str, remote: RemoteFile, part: Path) -> Path:
     """Download one file and check that it is what was published."""
     hub = import_hub()
-    arrived = Path(ask_hub(repo, remote.path, lambda: hub.hf_hub_download(
-        repo, remote.path, repo_type="dataset", local_dir=part / "hub")))
+
+    def request() -> str:
+        return hub.hf_hub_download(repo, remote.path, repo_type="dataset", local_dir=part / "hub")
+
+    arrived = Path(ask_hub(repo, remote.path, request))
     if arrived.stat().st_size != remote.size or not matches_etag(arrived, remote.etag):
         raise DataError(f"{repo}: {remote.path} arrived damaged; run again")
     return arrived
@@ -129,10 +134,11 @@ def matches_etag(path: Path, etag: str) -> bool:
     if len(etag) == 40:
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
-    return True   # a mirror with tags of its own: the size has to do
+    return True  # a mirror that tags files in another way: the size has to do
 
 
 # --- what to download
+
 
 def load_published(repo: str, part: Path) -> dict:
     path = f"{REMOTE_ROOT}/{MANIFEST}"
@@ -156,21 +162,24 @@ def choose(published: dict, kind: str, name: object, repo: str) -> dict:
     raise DataError(f"{repo}: no {name} among its {kind} ({names}); choose another --variant or --repo")
 
 
-def choose_files(published: dict, variant: str, train_shards: int | None,
-                 repo: str) -> tuple[dict, dict[str, str]]:
+def choose_files(published: dict, variant: str, train_shards: int | None, repo: str) -> tuple[dict, dict[str, str]]:
     """The published facts about a dataset, and remote path -> local name of every file to have."""
     dataset = choose(published, "datasets", f"fineweb10B_{variant}", repo)
     tokenizer = choose(published, "tokenizers", dataset.get("tokenizer_name"), repo)
     stats = dataset.get("stats") or {}
     if "model_path" not in tokenizer or not {"files_train", "files_val"} <= stats.keys():
-        raise DataError(f"{repo}: its manifest lacks tokenizer or shard counts of {variant}; "
-                        "use another --repo")
+        raise DataError(f"{repo}: its manifest lacks tokenizer or shard counts of {variant}; use another --repo")
     wanted = train_shards or min(USUAL_TRAIN_SHARDS, stats["files_train"])
     if wanted > stats["files_train"]:
-        raise DataError(f"{repo}: {variant} has {stats['files_train']} training shards, not {wanted}; "
-                        "choose a smaller --train-shards")
-    names = [f"fineweb_{split}_{index:06d}.bin"
-             for split, count in (("val", stats["files_val"]), ("train", wanted)) for index in range(count)]
+        raise DataError(
+            f"{repo}: {variant} has {stats['files_train']} training shards, not {wanted}; "
+            "choose a smaller --train_shards"
+        )
+    names = [
+        f"fineweb_{split}_{index:06d}.bin"
+        for split, count in (("val", stats["files_val"]), ("train", wanted))
+        for index in range(count)
+    ]
     paths = {f"{REMOTE_ROOT}/{tokenizer['model_path']}": TOKENIZER}
     return dataset, paths | {f"{REMOTE_ROOT}/datasets/{dataset['name']}/{name}": name for name in names}
 
@@ -179,15 +188,18 @@ def check_folder(out: Path, names: set[str]) -> None:
     """Refuse a folder with more shards than asked for: neither deleting them nor training on them is safe."""
     extra = sorted({path.name for path in out.glob("*.bin")} - names)
     if extra:
-        raise DataError(f"{out / extra[0]}: not among the files asked for; choose a larger --train-shards "
-                        "or another --out")
+        raise DataError(
+            f"{out / extra[0]}: not among the files asked for; choose a larger --train_shards or another --out"
+        )
 
 
 def check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DataError(f"{out}: {needed / 1e9:.2f} GB to download but {free / 1e9:.2f} GB free; "
-                        "free some space, choose a smaller --train-shards or another --out")
+        raise DataError(
+            f"{out}: {needed / 1e9:.2f} GB to download but {free / 1e9:.2f} GB free; "
+            "free some space, choose a smaller --train_shards or another --out"
+        )
 
 
 def is_there(remote: RemoteFile, folder: Path) -> bool:
@@ -197,6 +209,7 @@ def is_there(remote: RemoteFile, folder: Path) -> bool:
 
 
 # --- download
+
 
 def download(variant: str, train_shards: int | None, out: Path, repo: str) -> None:
     """Make a dataset folder of the published files; what has arrived waits in its folder .part."""
@@ -214,7 +227,7 @@ def download(variant: str, train_shards: int | None, out: Path, repo: str) -> No
         finish(remotes, dataset, repo, out, part)
     finally:
         shutil.rmtree(part / "hub", ignore_errors=True)
-        for folder in (part, out):   # leave no empty folder behind
+        for folder in (part, out):  # leave no empty folder behind
             if not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -225,9 +238,11 @@ def fetch_missing(repo: str, remotes: list[RemoteFile], out: Path, part: Path) -
     missing_bytes = sum(remote.size for remote in missing)
     log("fineweb", repo=repo, files=len(remotes), missing=len(missing), missing_bytes=missing_bytes)
     check_disk(out, missing_bytes)
-    import_hub().utils.disable_progress_bars()   # its own bars, one for each file, would cross each other
-    with (tqdm(total=missing_bytes, unit="B", unit_scale=True, desc="download", disable=None) as progress,
-          ThreadPoolExecutor(CONNECTIONS) as pool):
+    import_hub().utils.disable_progress_bars()  # its own bars, one for each file, would cross each other
+    with (
+        tqdm(total=missing_bytes, unit="B", unit_scale=True, desc="download", disable=None) as progress,
+        ThreadPoolExecutor(CONNECTIONS) as pool,
+    ):
         for number, remote in enumerate(pool.map(lambda remote: fetch_into(repo, remote, part), missing), 1):
             progress.update(remote.size)
             if progress.disable:
@@ -239,12 +254,17 @@ def finish(remotes: list[RemoteFile], dataset: dict, repo: str, out: Path, part:
     for remote in remotes:
         if (part / remote.name).is_file():
             (part / remote.name).replace(out / remote.name)
-        elif not matches_etag(out / remote.name, remote.etag):   # of an earlier call; new ones are checked
+        elif not matches_etag(out / remote.name, remote.etag):  # of an earlier call; new ones are checked
             raise DataError(f"{out / remote.name}: not the published content; delete it and run again")
     splits = {split: count_published(out, split, dataset["stats"]) for split in ("train", "val")}
-    write_manifest(out, {"name": dataset["name"], "vocab_size": len(load_tokenizer(out / TOKENIZER)),
-                         "splits": splits, "repo": repo,
-                         "commits": sorted({remote.commit for remote in remotes})})
+    manifest = {
+        "name": dataset["name"],
+        "vocab_size": len(load_tokenizer(out / TOKENIZER)),
+        "splits": splits,
+        "repo": repo,
+        "commits": sorted({remote.commit for remote in remotes}),
+    }
+    write_manifest(out, manifest)
     log("fineweb", out=out, **flatten(splits))
 
 
@@ -252,7 +272,7 @@ def count_published(out: Path, split: str, stats: dict) -> dict[str, int]:
     """Counts of a split; a whole one is compared with what is published, and has its count of documents."""
     counts = count_tokens(find_shards(out, split))
     if counts["shards"] != stats[f"files_{split}"]:
-        return counts   # published counts are of the whole split only
+        return counts  # published counts are of the whole split only
     check_equal(f"{out}: tokens in {split}", counts["tokens"], stats.get(f"tokens_{split}"))
     documents = stats.get(f"docs_{split}")
     return counts if documents is None else counts | {"documents": documents}
@@ -264,10 +284,10 @@ def count_tokens(shards: list[Path]) -> dict[str, int]:
 
 # --- verify
 
+
 def check_equal(what: str, found: int, expected: int | None) -> None:
     if expected is not None and found != expected:
-        raise DataError(f"{what}: {found} where the manifest says {expected}; "
-                        "delete the folder and make it again")
+        raise DataError(f"{what}: {found} where the manifest says {expected}; delete the folder and make it again")
 
 
 def iterate_documents(paths: Iterable[Path], vocab_size: int, bos: int) -> Iterator[memoryview]:
@@ -276,11 +296,10 @@ def iterate_documents(paths: Iterable[Path], vocab_size: int, bos: int) -> Itera
     for path in paths:
         tokens = np.concatenate([rest, read_shard(path, vocab_size)])
         if tokens[0] != bos:
-            raise DataError(f"{path}: its first document does not start with BOS ({bos}); "
-                            "make the folder again")
+            raise DataError(f"{path}: its first document does not start with BOS ({bos}); make the folder again")
         starts, content = np.flatnonzero(tokens == bos), memoryview(tokens.tobytes())
         yield from (content[start:end] for start, end in pairwise((2 * starts).tolist()))
-        rest = tokens[starts[-1]:]
+        rest = tokens[starts[-1] :]
     yield memoryview(rest.tobytes())
 
 
@@ -289,7 +308,7 @@ def verify(out: Path) -> None:
     manifest, tokenizer = load_manifest(out), load_tokenizer(out / TOKENIZER)
     check_equal(f"{out}: vocabulary", len(tokenizer), manifest.get("vocab_size"))
     verify_files(out, manifest["files"])
-    hashes = {}   # Python's own hash: equal documents are looked for within one process
+    hashes = {}  # Python's own hash: equal documents are looked for within one process
     for split in ("val", "train"):
         shards = find_shards(out, split)
         progress = tqdm(shards, desc=split, disable=None)
@@ -301,13 +320,12 @@ def verify(out: Path) -> None:
         log("verify", split=split, **counts)
     shared = int(np.isin(hashes["val"], hashes["train"]).sum())
     if shared > MAX_SHARED_FRACTION * len(hashes["val"]):
-        raise DataError(f"{out}: {shared} validation documents are training documents too; "
-                        "make the folder again")
+        raise DataError(f"{out}: {shared} validation documents are training documents too; make the folder again")
     log("verify", out=out, files=len(manifest["files"]), shared_documents=shared, state="good")
 
 
 def verify_files(out: Path, files: dict) -> None:
-    """Every file of the manifest is there with its size and content, and there is no shard beside them."""
+    """Every file of the manifest is there with its size and content, and there is no other shard."""
     extra = sorted({path.name for path in out.glob("*.bin")} - files.keys())
     if extra:
         raise DataError(f"{out / extra[0]}: not in the manifest; delete it or make the folder again")
@@ -316,28 +334,33 @@ def verify_files(out: Path, files: dict) -> None:
         if not path.is_file():
             raise DataError(f"{path}: missing; make the folder again")
         if name.endswith(".bin"):
-            read_shard(path)   # tells zero-byte, truncated and foreign files apart
+            read_shard(path)  # tells zero-byte, truncated and foreign files apart
         if compute_sha256(path) != facts["sha256"]:
             raise DataError(f"{path}: its sha256 is not the manifest's; delete it and make the folder again")
 
 
 # --- command line
 
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="data.fineweb", description="Download the challenge's shards, or verify a folder.")
+    parser = Parser(prog="python -m data.fineweb", description="Download the challenge's shards, or verify a folder.")
     parser.add_argument("command", nargs="?", choices=("download", "verify"), default="download")
-    parser.add_argument("--variant", choices=sorted(REPOSITORIES), default="sp1024",
-                        help="vocabulary (sp1024)")
-    parser.add_argument("--train-shards", type=positive, metavar="N",
-                        help=f"how many training shards ({USUAL_TRAIN_SHARDS}, or all if there are fewer)")
+    parser.add_argument("--variant", choices=sorted(REPOSITORIES), default="sp1024", help="vocabulary (sp1024)")
+    parser.add_argument(
+        "--train_shards",
+        type=positive,
+        metavar="N",
+        help=f"how many training shards ({USUAL_TRAIN_SHARDS}, or all if there are fewer)",
+    )
     parser.add_argument("--out", help="the dataset folder (data/fineweb_VARIANT)")
     parser.add_argument("--repo", help="dataset repository on the hub (the publisher's of the variant)")
     args = parser.parse_args(argv)
     out = Path(args.out or f"data/fineweb_{args.variant}")
-    if args.command == "verify":
-        return run_program(lambda: verify(out), "data.fineweb")
     repo = args.repo or REPOSITORIES[args.variant]
-    return run_program(lambda: download(args.variant, args.train_shards, out, repo), "data.fineweb")
+    with tidy_when_terminated():
+        if args.command == "verify":
+            return run_program(verify, out)
+        return run_program(download, args.variant, args.train_shards, out, repo)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
-"""What every program that makes a dataset folder needs: a safe way to build it, its manifest, its log.
+"""Common to the programs that make a dataset folder: a safe way to build it, its manifest, its log.
 
 A dataset folder holds shards `*_train_NNNNNN.bin` and `*_val_NNNNNN.bin`, `tokenizer.model`, `manifest.json`.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NoReturn
-from urllib.parse import quote
 
 from loopgolf.errors import DataError
+from loopgolf.runtime import Log, write_atomic
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+
+log = Log()
 
 
 def positive(text: str) -> int:
@@ -31,23 +30,12 @@ def positive(text: str) -> int:
     return value
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, as that of everything else here."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; --help explains the options", file=sys.stderr)
-        sys.exit(2)
-
-
-def run_program(program: Callable[[], None], name: str) -> int:
-    """Run a program; bad input ends in one line and code 2, a failing disk or network or a stop in 1."""
-    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)   # tidy up as after Ctrl-C
+@contextlib.contextmanager
+def tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C, so that what is half made is removed."""
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        program()
-        return 0
-    except (DataError, OSError, KeyboardInterrupt) as error:
-        print(f"{name}: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
+        yield
     finally:
         signal.signal(signal.SIGTERM, usual)
 
@@ -55,18 +43,13 @@ def run_program(program: Callable[[], None], name: str) -> int:
 @contextlib.contextmanager
 def started_pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """Worker processes, one per core by default; spawned, as the caller may have threads; deaf to Ctrl-C."""
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"),
-                               signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers or os.cpu_count(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)   # after a failure there is nothing to wait for
-
-
-def log(event: str, **fields: object) -> None:
-    """One `event key:value key:value` line; blanks inside a value are percent-encoded."""
-    pairs = (f"{key}:{quote(str(value), safe='/:+,.@~<>=[]()')}" for key, value in fields.items())
-    print(event, *pairs, flush=True)
+        pool.shutdown(cancel_futures=True)  # after a failure there is nothing to wait for
 
 
 def flatten(splits: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -79,21 +62,15 @@ def compute_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_manifest(folder: Path, content: dict) -> None:
     """Write `manifest.json`: the given content, then size and sha256 of every other file of the folder."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
-             for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
-    write_json(folder / MANIFEST, content | {"files": files})
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps(content | {"files": files}, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(folder / MANIFEST, text.encode())
 
 
 def load_manifest(folder: str | Path) -> dict:
@@ -114,7 +91,7 @@ def building(out: str | Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the place of `out` at the end; on failure `out` stays as it was."""
     out = Path(out)
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_free and not (replace and (out / MANIFEST).is_file()):   # never sweep away something else
+    if not is_free and not (replace and (out / MANIFEST).is_file()):  # never sweep away something else
         raise DataError(f"{out}: already there; delete it or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")

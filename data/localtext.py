@@ -1,6 +1,6 @@
 """The offline corpus: English technical prose that is already on the machine, as a dataset folder.
 
-    python -m data.localtext [--out data/local] [--vocab-size 1024] [--force]
+    python -m data.localtext [--out data/local] [--vocab_size 1024] [--force]
 
 It takes documentation strings of more than 200 characters (of modules, classes and functions, and those that
 compiled functions are given by a call) and the help topics, of this Python's standard library and of every
@@ -33,19 +33,20 @@ from packaging.utils import canonicalize_name
 
 from data.folder import (
     TOKENIZER,
-    Parser,
     building,
     compute_sha256,
     flatten,
     load_manifest,
     log,
     positive,
-    run_program,
     started_pool,
+    tidy_when_terminated,
     write_manifest,
 )
 from data.tokenizer import encode_documents, is_validation, train_tokenizer
 from loopgolf.errors import DataError
+from loopgolf.options import Parser
+from loopgolf.runtime import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CHARS = 200
@@ -53,12 +54,13 @@ VAL_FRACTION = 0.05
 SHINGLE_WORDS = 4
 # Tests hold little prose, and some systems leave them out.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-DOC_CALLS = ("docstr", "newdoc")   # in the names of functions that give documentation to compiled ones
+DOC_CALLS = ("docstr", "newdoc")  # in the names of functions that give documentation to compiled ones
 
 
 @dataclass(frozen=True)
 class Source:
     """Something installed that holds prose."""
+
     name: str
     version: str
     files: tuple[Path, ...]
@@ -68,10 +70,11 @@ class Source:
 class Document:
     text: str
     source: str
-    shingles: np.ndarray   # (n,) uint64, unique
+    shingles: np.ndarray  # (n,) uint64, unique
 
 
 # --- what is installed
+
 
 def read_requirements(path: Path) -> list[Requirement]:
     if not path.is_file():
@@ -104,22 +107,24 @@ def find_distributions(requirements: Iterable[Requirement]) -> tuple[dict[str, D
 def build_sources(distributions: dict[str, Distribution]) -> list[Source]:
     """The standard library, then distributions by name: the first source of a text is credited with it."""
     standard = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in standard.rglob("*.py")
-             if not SKIPPED_FOLDERS.intersection(path.relative_to(standard).parts)]
+    files = [
+        path for path in standard.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(standard).parts)
+    ]
     sources = [Source("python", platform.python_version(), tuple(sorted(files)))]
     for name, found in distributions.items():
         inside = [file for file in found.files or () if file.suffix == ".py" and ".." not in file.parts]
-        files = [Path(found.locate_file(file)) for file in sorted(inside, key=str)]
+        files = [Path(str(found.locate_file(file))) for file in sorted(inside, key=str)]
         sources.append(Source(name, found.version, tuple(files)))
     return sources
 
 
 # --- from source files to documents
 
+
 def parse_documents(path: Path) -> list[str]:
     """The prose of one source file, in the order of the file; a file that does not parse has none."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # other people's odd escapes
+        warnings.simplefilter("ignore")  # other people's odd escapes
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, RecursionError, OSError):
@@ -146,7 +151,7 @@ def list_constants(tree: ast.AST) -> list[str]:
 def is_utf8(text: str) -> bool:
     try:
         return bool(text.encode())
-    except UnicodeEncodeError:   # documentation about surrogates may hold some
+    except UnicodeEncodeError:  # documentation about surrogates may hold some
         return False
 
 
@@ -155,14 +160,14 @@ def compute_shingles(text: str) -> np.ndarray:
     words = [zlib.crc32(word.encode()) for word in re.findall(r"[^\W\d_]+", text.lower())]
     padded = np.array(words + [0] * (SHINGLE_WORDS - len(words)), dtype=np.uint64)
     hashes = np.zeros(len(padded) - SHINGLE_WORDS + 1, dtype=np.uint64)
-    for offset in range(SHINGLE_WORDS):   # a polynomial modulo 2**64
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + padded[offset:offset + len(hashes)]
+    for offset in range(SHINGLE_WORDS):  # a polynomial modulo 2**64
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + padded[offset : offset + len(hashes)]
     return np.unique(hashes)
 
 
 def read_source_file(path: Path) -> list[tuple[str, np.ndarray]]:
     """Work of one process: the documents of a file with their shingles."""
-    gc.disable()   # syntax trees are large and free of cycles: collecting them doubles the time
+    gc.disable()  # syntax trees are large and free of cycles: collecting them doubles the time
     return [(text, compute_shingles(text)) for text in parse_documents(path)]
 
 
@@ -185,7 +190,7 @@ def drop_near_duplicates(documents: list[Document]) -> list[Document]:
     by_size = sorted(documents, key=lambda document: (-len(document.shingles), content_hash(document)))
     shingles = np.concatenate([document.shingles for document in by_size])
     is_new = np.zeros(len(shingles), dtype=np.int64)
-    is_new[np.unique(shingles, return_index=True)[1]] = 1   # the first place is in the largest document
+    is_new[np.unique(shingles, return_index=True)[1]] = 1  # the first place is in the largest document
     sizes = np.array([len(document.shingles) for document in by_size])
     new_counts = np.add.reduceat(is_new, np.cumsum(sizes) - sizes)
     kept = [by_size[index] for index in np.flatnonzero(2 * new_counts > sizes)]
@@ -198,11 +203,17 @@ def content_hash(document: Document) -> str:
 
 # --- the dataset folder
 
+
 def compute_key(distributions: dict[str, Distribution], absent: list[str], vocab_size: int) -> dict:
     """Everything that decides the corpus; a folder whose manifest holds the same key needs no new build."""
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    return {"python": platform.python_version(), "vocab_size": vocab_size, "code_sha256": code.hexdigest(),
-            "distributions": {name: found.version for name, found in distributions.items()}, "absent": absent}
+    return {
+        "python": platform.python_version(),
+        "vocab_size": vocab_size,
+        "code_sha256": code.hexdigest(),
+        "distributions": {name: found.version for name, found in distributions.items()},
+        "absent": absent,
+    }
 
 
 def is_valid(out: Path, key: dict) -> bool:
@@ -213,7 +224,8 @@ def is_valid(out: Path, key: dict) -> bool:
         return False
     sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
     return manifest.get("key") == key and all(
-        (out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
+        (out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items()
+    )
 
 
 def build_corpus(out: Path, sources: list[Source], key: dict, vocab_size: int) -> dict[str, dict[str, int]]:
@@ -226,8 +238,8 @@ def build_corpus(out: Path, sources: list[Source], key: dict, vocab_size: int) -
         train_tokenizer(training, folder / TOKENIZER, vocab_size)
         log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(folder / TOKENIZER))
         counts = encode_documents(texts, folder / TOKENIZER, folder, "local", VAL_FRACTION)
-        write_manifest(folder, {"name": "local", "vocab_size": vocab_size, "splits": counts,
-                                "sources": describe_sources(sources, documents), "key": key})
+        facts = {"name": "local", "vocab_size": vocab_size, "splits": counts}
+        write_manifest(folder, facts | {"sources": describe_sources(sources, documents), "key": key})
     return counts
 
 
@@ -236,8 +248,15 @@ def describe_sources(sources: list[Source], documents: list[Document]) -> list[d
     text_bytes: Counter[str] = Counter()
     for document in documents:
         text_bytes[document.source] += len(document.text.encode())
-    return [{"distribution": source.name, "version": source.version, "documents": counts[source.name],
-             "text_bytes": text_bytes[source.name]} for source in sources]
+    return [
+        {
+            "distribution": source.name,
+            "version": source.version,
+            "documents": counts[source.name],
+            "text_bytes": text_bytes[source.name],
+        }
+        for source in sources
+    ]
 
 
 def make_local(out: str, vocab_size: int, force: bool) -> None:
@@ -253,12 +272,13 @@ def make_local(out: str, vocab_size: int, force: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="data.localtext", description="Build the offline corpus from what is installed.")
+    parser = Parser(prog="python -m data.localtext", description="Build the offline corpus from what is installed.")
     parser.add_argument("--out", default="data/local", help="the dataset folder (data/local)")
-    parser.add_argument("--vocab-size", type=positive, default=1024, help="pieces of the tokenizer (1024)")
+    parser.add_argument("--vocab_size", type=positive, default=1024, help="pieces of the tokenizer (1024)")
     parser.add_argument("--force", action="store_true", help="build it again even when it is there and valid")
     args = vars(parser.parse_args(argv))
-    return run_program(lambda: make_local(**args), "data.localtext")
+    with tidy_when_terminated():
+        return run_program(lambda: make_local(**args))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
-CHECK_TOKENS = 1 << 22   # tokens per step of the range check, so that a shard never fills the memory
+CHECK_TOKENS = 1 << 22  # tokens per step of the range check, so that a shard never fills the memory
 MAKE_DATA = "make it with `python -m data.localtext` (offline) or `python -m data.fineweb` (the challenge's)"
 REPLACE = "delete it and build or download it again"
 
@@ -63,10 +63,12 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
     if vocab_size is not None:
         for start in range(0, len(tokens), CHECK_TOKENS):
-            highest = int(tokens[start:start + CHECK_TOKENS].max())
+            highest = int(tokens[start : start + CHECK_TOKENS].max())
             if highest >= vocab_size:
-                raise DataError(f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
-                                "use the tokenizer that the shard was made with")
+                raise DataError(
+                    f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
+                    "use the tokenizer that the shard was made with"
+                )
     return tokens
 
 
@@ -103,11 +105,14 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Write a shard under a temporary name and rename it, so that a broken write leaves no file behind."""
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not 0 < tokens.size < 1 << 31:
-        raise DataError(f"{path}: a shard takes a row of 1 to 2**31 - 1 integers, "
-                        f"not {tokens.dtype} of shape {tokens.shape}")
+        raise DataError(
+            f"{path}: a shard takes a row of 1 to 2**31 - 1 integers, not {tokens.dtype} of shape {tokens.shape}"
+        )
     if tokens.min() < 0 or tokens.max() > 0xFFFF:
-        raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit into uint16; "
-                        "use a vocabulary of at most 65536")
+        raise DataError(
+            f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit into uint16; "
+            "use a vocabulary of at most 65536"
+        )
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
     write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())

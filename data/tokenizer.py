@@ -1,6 +1,6 @@
 """Byte-exact SentencePiece tokenizers, and the way from any text to a dataset folder.
 
-    python -m data.tokenizer train  --out FILE [--vocab-size N] FILES...
+    python -m data.tokenizer train --out FILE [--vocab_size N] FILES...
     python -m data.tokenizer encode --tokenizer FILE --out FOLDER FILES...
 
 FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line). A document becomes BOS
@@ -28,33 +28,35 @@ from tqdm import tqdm
 
 from data.folder import (
     TOKENIZER,
-    Parser,
     building,
     compute_sha256,
     log,
     positive,
-    run_program,
     started_pool,
+    tidy_when_terminated,
     write_manifest,
 )
 from data.shards import write_shard
 from loopgolf.errors import DataError
+from loopgolf.options import Parser
+from loopgolf.runtime import run_program, write_atomic
 
-SHARD_TOKENS = 100_000_000   # the challenge's own
+SHARD_TOKENS = 100_000_000  # the challenge's own
 TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time
-SENTENCE_CHARS = 16_000      # SentencePiece drops sentences above its limit, and fails on words above 65,535
-BATCH_CHARS = 500_000        # one task of a worker process
+SENTENCE_CHARS = 16_000  # SentencePiece drops sentences above its limit, and fails on words above 65,535
+BATCH_CHARS = 500_000  # one task of a worker process
 SPACE_MARKER = "\u2581"
-LETTERS_OF_NOBODY = range(0xE000, 0xF900)   # Unicode's private use area
+LETTERS_OF_NOBODY = range(0xE000, 0xF900)  # Unicode's private use area
 
 
 # --- tokenizers
+
 
 def cut_sentences(texts: Iterable[str]) -> Iterator[str]:
     """Training sentences: whole documents, so that pieces may hold newlines; only giants are cut."""
     for text in texts:
         for start in range(0, len(text), SENTENCE_CHARS):
-            yield text[start:start + SENTENCE_CHARS]
+            yield text[start : start + SENTENCE_CHARS]
 
 
 def sample_evenly(sentences: Iterable[str], max_bytes: int) -> list[str]:
@@ -79,27 +81,32 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 10
         raise DataError(f"{path}: no text to train a tokenizer on; give files that hold text")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
-            # A run of blanks stays a run, and each blank starts a piece of its own: inside a piece its marker
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            # A run of blanks stays a run, and each blank starts another piece: inside a piece its marker
             # would be counted as three bytes.
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=False,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=4 * SENTENCE_CHARS,
-            num_threads=2, minloglevel=2)   # the thread count is stored in the file, so it is fixed
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * SENTENCE_CHARS,
+            num_threads=2,  # it is stored in the file, so it is fixed
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
         reason = str(error).split("] ")[-1].split(". Increase")[0].rstrip(".")
-        raise DataError(f"{path}: cannot train {vocab_size} pieces on this text ({reason}); "
-                        "choose another --vocab-size or give more text") from None
-    write_atomically(Path(path), model.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path}: cannot train {vocab_size} pieces on this text ({reason}); "
+            "choose another --vocab_size or give more text"
+        ) from None
+    write_atomic(Path(path), model.getvalue())
 
 
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
@@ -127,13 +134,16 @@ def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) 
     """
     if SPACE_MARKER not in text:
         return [tokenizer.bos_id(), *tokenizer.encode(text)]
-    stand_in = next(letter for letter in map(chr, LETTERS_OF_NOBODY)
-                    if letter not in text and tokenizer.piece_to_id(letter) == tokenizer.unk_id())
+    stand_in = next(
+        letter
+        for letter in map(chr, LETTERS_OF_NOBODY)
+        if letter not in text and tokenizer.piece_to_id(letter) == tokenizer.unk_id()
+    )
     wanted, found = spell_bytes(tokenizer, SPACE_MARKER), spell_bytes(tokenizer, stand_in)
     ids, position = encode_document(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
     while position < len(ids):
-        if ids[position:position + 3] == found:
-            ids[position:position + 3] = wanted
+        if ids[position : position + 3] == found:
+            ids[position : position + 3] = wanted
         position += 1
     return ids
 
@@ -143,6 +153,7 @@ def spell_bytes(tokenizer: sentencepiece.SentencePieceProcessor, character: str)
 
 
 # --- reading text files
+
 
 def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
     """The documents of .txt, .jsonl and .jsonl.zst files, in order."""
@@ -169,14 +180,14 @@ def parse_line(line: bytes, where: str) -> str:
     try:
         record = json.loads(decode_utf8(line, where))
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); mend or remove the line") from None
+        raise DataError(f"{where}: not JSON ({error.msg}); correct or remove the line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(f'{where}: no "text" string in it; each line must be {{"text": "..."}}')
     try:
-        text.encode()   # JSON can spell lone surrogates, which no UTF-8 text holds
+        text.encode()  # JSON can spell lone surrogates, which no UTF-8 text holds
     except UnicodeEncodeError:
-        raise DataError(f"{where}: not valid UTF-8 (a lone surrogate); mend or remove the line") from None
+        raise DataError(f"{where}: not valid UTF-8 (a lone surrogate); correct or remove the line") from None
     return text
 
 
@@ -213,6 +224,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 # --- from texts to shards
 
+
 class ShardWriter:
     """Collects the tokens of one split and writes each shard that is full, cutting documents as needed."""
 
@@ -232,9 +244,9 @@ class ShardWriter:
         tokens = np.concatenate([np.empty(0, np.uint16), *self.pending])
         while len(tokens) >= self.shard_tokens or (is_last and len(tokens)):
             name = f"{self.prefix}_{self.counts['shards']:06d}.bin"
-            write_shard(self.folder / name, tokens[:self.shard_tokens])
+            write_shard(self.folder / name, tokens[: self.shard_tokens])
             self.counts["shards"] += 1
-            tokens = tokens[self.shard_tokens:]
+            tokens = tokens[self.shard_tokens :]
         self.pending = [tokens]
 
 
@@ -267,10 +279,13 @@ def encode_batch(texts: list[str], tokenizer_path: str, val_fraction: float) -> 
     parts: dict[str, list[str]] = {"train": [], "val": []}
     for text in filter(None, texts):
         parts["val" if is_validation(text, val_fraction) else "train"].append(text)
-    tokens = {split: [token for text in part for token in encode_document(tokenizer, text)]
-              for split, part in parts.items()}
-    return {split: (np.array(tokens[split], np.uint16), len(part), sum(len(text.encode()) for text in part))
-            for split, part in parts.items()}
+    tokens = {
+        split: [token for text in part for token in encode_document(tokenizer, text)] for split, part in parts.items()
+    }
+    return {
+        split: (np.array(tokens[split], np.uint16), len(part), sum(len(text.encode()) for text in part))
+        for split, part in parts.items()
+    }
 
 
 def map_in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -282,19 +297,25 @@ def map_in_order(pool: Executor, function: Callable, items: Iterable, ahead: int
         futures.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
 
 
-def encode_documents(texts: Iterable[str], tokenizer_path: str | Path, folder: str | Path, name: str = "text",
-                     val_fraction: float = 0.05, shard_tokens: int = SHARD_TOKENS,
-                     workers: int | None = None) -> dict[str, dict[str, int]]:
+def encode_documents(
+    texts: Iterable[str],
+    tokenizer_path: str | Path,
+    folder: str | Path,
+    name: str = "text",
+    val_fraction: float = 0.05,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+) -> dict[str, dict[str, int]]:
     """Write `NAME_train_*.bin` and `NAME_val_*.bin` into a folder; returns the counts of each split.
 
     The shards do not depend on the number of worker processes.
     """
-    load_tokenizer(tokenizer_path)   # a bad one stops here and not inside a worker
+    load_tokenizer(tokenizer_path)  # a bad one stops here and not inside a worker
     writers = {split: ShardWriter(Path(folder), name, split, shard_tokens) for split in ("train", "val")}
     encode = functools.partial(encode_batch, tokenizer_path=str(tokenizer_path), val_fraction=val_fraction)
     ahead = 3 * (workers or os.cpu_count() or 1)
-    with (started_pool(workers) as pool,
-          tqdm(unit="B", unit_scale=True, desc="encode", disable=None) as progress):   # None: on terminals
+    bar = tqdm(unit="B", unit_scale=True, desc="encode", disable=None)  # None: on terminals
+    with started_pool(workers) as pool, bar as progress:
         for batch in map_in_order(pool, encode, batch_texts(texts), ahead):
             for split, part in batch.items():
                 writers[split].add(*part)
@@ -309,24 +330,24 @@ def check_counts(counts: dict[str, dict[str, int]], val_fraction: float) -> dict
         raise DataError("empty input: no document with text in it; give files that hold text")
     for split, share in (("train", 1 - val_fraction), ("val", val_fraction)):
         if share > 0 and not counts[split]["documents"]:
-            raise DataError(f"no document fell into the {split} split; give more documents "
-                            "or change --val-fraction")
+            raise DataError(f"no document fell into the {split} split; give more documents or change --val_fraction")
     return counts
 
 
 # --- command line
+
 
 def train_command(files: list[str], out: str, vocab_size: int) -> None:
     train_tokenizer(read_texts(files), out, vocab_size)
     log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(Path(out)), file=out)
 
 
-def encode_command(files: list[str], out: str, tokenizer: str, name: str, val_fraction: float,
-                   shard_tokens: int, workers: int | None) -> None:
+def encode_command(
+    files: list[str], out: str, tokenizer: str, name: str, val_fraction: float, shard_tokens: int, workers: int | None
+) -> None:
     pieces = len(load_tokenizer(tokenizer))
     with building(out) as folder:
-        counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens,
-                                  workers)
+        counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens, workers)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_manifest(folder, {"name": name, "vocab_size": pieces, "splits": counts})
     for split, fields in counts.items():
@@ -341,24 +362,27 @@ def fraction(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="data.tokenizer", description="Train a tokenizer, or turn text into shards.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    parser = Parser(prog="python -m data.tokenizer", description="Train a tokenizer, or turn text into shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a tokenizer on text files")
-    train.add_argument("--vocab-size", type=positive, default=1024, help="number of pieces (1024)")
+    train.add_argument("--vocab_size", type=positive, default=1024, help="number of pieces (1024)")
     train.add_argument("--out", required=True, help="the tokenizer file to write")
     encode = commands.add_parser("encode", help="turn text files into a dataset folder")
     encode.add_argument("--tokenizer", required=True, help="a SentencePiece model with byte pieces")
     encode.add_argument("--out", required=True, help="the dataset folder to write; must not exist")
     encode.add_argument("--name", default="text", help="first part of the names of the shards (text)")
-    encode.add_argument("--val-fraction", type=fraction, default=0.05, help="share for validation (0.05)")
-    encode.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS, metavar="N",
-                        help=f"tokens per shard ({SHARD_TOKENS})")
+    encode.add_argument("--val_fraction", type=fraction, default=0.05, help="share for validation (0.05)")
+    encode.add_argument(
+        "--shard_tokens", type=positive, default=SHARD_TOKENS, metavar="N", help=f"tokens per shard ({SHARD_TOKENS})"
+    )
     encode.add_argument("--workers", type=positive, help="processes (one per core)")
     for command in (train, encode):
         command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst")
     args = vars(parser.parse_args(argv))
-    program = {"train": train_command, "encode": encode_command}[args.pop("command")]
-    return run_program(lambda: program(**args), "data.tokenizer")
+    programs: dict[str, Callable[..., None]] = {"train": train_command, "encode": encode_command}
+    program = programs[args.pop("command")]
+    with tidy_when_terminated():
+        return run_program(lambda: program(**args))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ if triton:
         spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
         step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
         # exact division: an approximate quotient would send ties to another code than the exporter's
-        codes = tl.div_rn(w, step + tl.zeros_like(w))
-        # the maximum of a number and 0 / 0 is the number: a row of zeros has finite codes, and a step of 0 times them
+        # a row of zeros has a step of 0: it is divided by 1 instead, since maximum(0 / 0, x) depends on Triton's version
+        codes = tl.div_rn(w, tl.where(step > 0, step, 1.0) + tl.zeros_like(w))
         codes = tl.minimum(tl.maximum(codes, -largest), largest)
         codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
         tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)

@@ -26,9 +26,7 @@ MOST = 2**40
 TRUTH = {"0": False, "false": False, "1": True, "true": True}
 
 
-def option(
-    default: Any, help: str, *, low: float = 0, high: float = MOST, choices: tuple[str, ...] = ()
-) -> Any:
+def option(default: Any, help: str, *, low: float = 0, high: float = MOST, choices: tuple[str, ...] = ()) -> Any:
     """A field of a config. The limits hold for numbers, the choices for words."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from loopgolf.artifact import VERSION, decompress, unpack_artifact
+from loopgolf.artifact import STREAMS, VERSION, Stream, decompress, stored_tensors, unpack_artifact
 from loopgolf.errors import ArtifactError
+from loopgolf.quantize import StoredTensor
 from loopgolf.runtime import write_atomic
 from train_gpt import LoopedGPT, describe_stored, load_artifact
 
@@ -64,13 +65,28 @@ def reseal(content: bytes, change) -> bytes:
 def repack(content: bytes, index: int, change) -> bytes:
     """The artifact with the raw bytes of one stream changed."""
     header, streams = split(content)
-    shapes = [tuple(entry["shape"]) for entry in header["tensors"] if entry["stream"] == index]
-    codec, size = (header["streams"][index][key] for key in ("codec", "raw_bytes"))
-    raw = bytearray(decompress(codec, streams[index], size, shapes))
+    shapes = [tensor.shape for _, tensor in table_of(index)] if index == 0 else []
+    raw = bytearray(decompress(Stream(**header["streams"][index]), streams[index], shapes))
     changed = change(raw)
     streams[index] = zstandard.ZstdCompressor().compress(bytes(raw if changed is None else changed))
     header["streams"][index] |= dict(codec="zstd", bytes=len(streams[index]))
     return seal(header, streams)
+
+
+def table_of(index: int) -> list[tuple[str, StoredTensor]]:
+    """What lies in a stream of the artifact of CONFIG, in order."""
+    return list(stored_tensors(describe_stored(CONFIG.stored()), STREAMS[index]))
+
+
+def offset_of(name: str) -> tuple[int, int]:
+    """Stream of a stored tensor, and where in its raw bytes it starts."""
+    for index in range(len(STREAMS)):
+        start = 0
+        for stored_name, tensor in table_of(index):
+            if stored_name == name:
+                return index, start
+            start += tensor.n_bytes
+    raise KeyError(name)
 
 
 def refuse(content: bytes) -> str:
@@ -98,17 +114,20 @@ def test_the_same_weights_give_the_same_bytes(model, content):
 
 def test_layout(model, content):
     header, streams = split(content)
-    assert content[:8] == b"LOOPGOLF" and struct.unpack("<I", content[8:12]) == (2,)
+    assert content[:8] == b"LOOPGOLF" and struct.unpack("<I", content[8:12]) == (3,)
     assert content[-32:] == hashlib.sha256(content[:-32]).digest()
-    assert set(header) == {"config", "tokenizer", "tensors", "streams"} and header["tokenizer"] == TOKENIZER
-    fields = {"name", "shape", "bits", "scheme", "stream", "offset", "bytes"}
-    ends = [0] * len(streams)
-    for entry in header["tensors"]:
-        assert set(entry) == fields and entry["offset"] == ends[entry["stream"]]
-        ends[entry["stream"]] += entry["bytes"]
-    assert ends == [stream["raw_bytes"] for stream in header["streams"]]
-    assert zstandard.ZstdDecompressor().decompress(streams[1])[:2] == model.state_dict()["mixes"].half().numpy().tobytes()[:2]
-    assert not {"seed", "run_id", "data_path"} & set(header["config"])
+    assert set(header) == {"config", "tokenizer", "streams"} and header["tokenizer"] == TOKENIZER
+    sizes = [sum(tensor.n_bytes for _, tensor in table_of(index)) for index in (0, 1)]
+    assert sizes == [stream["raw_bytes"] for stream in header["streams"]]
+    plain = zstandard.ZstdDecompressor().decompress(streams[1])
+    index, start = offset_of("passes.mixes")
+    mixes = model.state_dict()["passes.mixes"].half().numpy().tobytes()
+    assert index == 1 and plain[start : start + len(mixes)] == mixes
+    assert header["config"] == CONFIG.stored() and not {"seed", "run_id", "data_path"} & set(header["config"])
+
+
+def test_the_header_of_a_small_file_is_small(content):
+    assert struct.unpack("<I", content[12:16])[0] <= 1000
 
 
 def test_the_header_is_in_the_order_of_the_model_whatever_the_order_of_the_weights(model, content):
@@ -142,7 +161,13 @@ def test_any_other_file(data):
 
 
 def test_wrong_version_and_header_length(content):
-    for at, value, word in [(8, 1, "version"), (8, 3, "version"), (8, 0, "version"), (12, 1 << 31, "header"), (12, len(content), "header")]:
+    for at, value, word in [
+        (8, 1, "version"),
+        (8, 4, "version"),
+        (8, 0, "version"),
+        (12, 1 << 31, "header"),
+        (12, len(content), "header"),
+    ]:
         damaged = content[:at] + struct.pack("<I", value) + content[at + 4 : -32]
         assert word in refuse(damaged + hashlib.sha256(damaged).digest())
     for value in (0, 10):
@@ -165,72 +190,115 @@ def edit(path: str, value):
 HUGE = 10**30
 
 
-@pytest.mark.parametrize("path, value", [
-    ("config.model_dim", 64), ("config.model_dim", "32"), ("config.model_dim", 32.0), ("config.model_dim", True),
-    ("config.model_dim", None), ("config.model_dim", HUGE), ("config.model_dim", -32), ("config.vocab_size", 65536),
-    ("config.plan", "ab"), ("config.plan", "a(^b"), ("config.plan", 3), ("config.plan", "(" * 900), ("config.plan", ""),
-    ("config.depth", 0), ("config.smear", 1), ("config.smear", "yes"), ("config.smear", False), ("config.seed", 1),
-    ("config.softcap", "30"), ("config.softcap", 0), ("config.softcap", HUGE), ("config.mlp_mult", 2.5),
-    ("config.score_mode", "best"), ("config.seq_len", 0), ("config.stride", 0), ("config.num_heads", 0),
-    ("config.num_kv_heads", 3), ("config.rope_dims", 3), ("config.ttt_freeze", "z"), ("config.xsa_passes", "9"),
-    ("config.bigram_buckets", 1 << 24), ("config.ttt_momentum", -5), ("config.ttt_lr", float("nan")),
-    ("config.ttt_lr", HUGE), ("config.stride", 64), ("config", {}), ("config", []), ("config", None), ("config", "x"),
-    ("tokenizer", {}), ("tokenizer", []), ("tokenizer", None), ("tokenizer.extra", 1),
-    ("tensors", []), ("tensors", {}), ("tensors", None), ("tensors", [1]), ("tensors", [{}]), ("tensors.0.shape", [1]),
-    ("tensors.0.shape", [HUGE]), ("tensors.0.name", "other"), ("tensors.0.name", []), ("tensors.0.bits", 99),
-    ("tensors.0.bits", "16"), ("tensors.0.offset", 4), ("tensors.0.offset", -4), ("tensors.0.bytes", HUGE),
-    ("tensors.0.stream", 0), ("tensors.0.stream", 7), ("tensors.0.scheme", "pickle"), ("tensors.0.extra", 1),
-    ("streams", []), ("streams", {}), ("streams", None), ("streams.0", 5), ("streams.0.codec", "gzip"),
-    ("streams.1.codec", "gzip"), ("streams.0.codec", None), ("streams.0.codec", ["zstd"]), ("streams.0.bytes", -1), ("streams.0.bytes", 10),
-    ("streams.0.bytes", 1.5), ("streams.0.bytes", "9"), ("streams.0.bytes", None), ("streams.0.raw_bytes", 1 << 40),
-    ("streams.0.raw_bytes", "9"), ("streams.1.raw_bytes", 0), ("streams.1.bytes", True),
-])  # fmt: skip
-def test_a_header_with_one_wrong_value(content, path, value):
-    refuse(reseal(content, edit(path, value)))
+WRONG_VALUES = [
+    ("config.model_dim", 64),
+    ("config.model_dim", "32"),
+    ("config.model_dim", 32.0),
+    ("config.model_dim", True),
+    ("config.model_dim", None),
+    ("config.model_dim", HUGE),
+    ("config.model_dim", -32),
+    ("config.vocab_size", 65536),
+    ("config.plan", "ab"),
+    ("config.plan", "a(^b"),
+    ("config.plan", "(" * 900),
+    ("config.plan", 3),
+    ("config.plan", ""),
+    ("config.depth", 0),
+    ("config.smear", 1),
+    ("config.smear", "yes"),
+    ("config.smear", False),
+    ("config.seed", 1),
+    ("config.softcap", "30"),
+    ("config.softcap", 0),
+    ("config.softcap", HUGE),
+    ("config.mlp_mult", 2.5),
+    ("config.score_mode", "best"),
+    ("config.seq_len", 0),
+    ("config.stride", 0),
+    ("config.num_heads", 0),
+    ("config.num_kv_heads", 3),
+    ("config.rope_dims", 3),
+    ("config.ttt_freeze", "z"),
+    ("config.xsa_passes", "9"),
+    ("config.bigram_buckets", 1 << 24),
+    ("config.ttt_momentum", -5),
+    ("config.ttt_lr", float("nan")),
+    ("config.ttt_lr", HUGE),
+    ("config.stride", 64),
+    ("config", {}),
+    ("config", []),
+    ("config", None),
+    ("config", "x"),
+    ("tokenizer", {}),
+    ("tokenizer", []),
+    ("tokenizer", None),
+    ("tokenizer.extra", 1),
+    ("streams", []),
+    ("streams", {}),
+    ("streams", None),
+    ("streams.0", 5),
+    ("streams.0.codec", "gzip"),
+    ("streams.1.codec", "gzip"),
+    ("streams.0.codec", None),
+    ("streams.0.codec", ["zstd"]),
+    ("streams.0.bytes", -1),
+    ("streams.0.bytes", 10),
+    ("streams.0.bytes", 1.5),
+    ("streams.0.bytes", "9"),
+    ("streams.0.bytes", None),
+    ("streams.0.raw_bytes", 1 << 40),
+    ("streams.0.raw_bytes", "9"),
+    ("streams.1.raw_bytes", 0),
+    ("streams.1.bytes", True),
+]
+
+
+def test_a_header_with_one_wrong_value(content):
+    for path, value in WRONG_VALUES:
+        assert refuse(reseal(content, edit(path, value))), path
+
+
+def test_an_unknown_setting_is_refused_by_name_and_a_missing_one_has_its_default(content):
+    problem = refuse(reseal(content, edit("config.xsa_pases", "all")))
+    assert "xsa_pases" in problem and "did you mean xsa_passes" in problem
+    assert "rope_base" not in split(content)[0]["config"]
+    assert unpack_artifact(content, describe_stored).stored == CONFIG.stored()
+    explicit = unpack_artifact(reseal(content, edit("config.rope_base", 10000.0)), describe_stored)
+    assert train_gpt.config_from_stored(explicit.stored) == train_gpt.config_from_stored(CONFIG.stored())
 
 
 def test_missing_and_extra_parts(content):
-    for key in ("config", "tokenizer", "tensors", "streams"):
+    for key in ("config", "tokenizer", "streams"):
         refuse(reseal(content, lambda h, key=key: h.pop(key) and None))
     refuse(reseal(content, lambda h: h["config"].pop("plan") and None))
     header, streams = split(content)
     refuse(seal(header, [*streams, b"more"]))
-    refuse(reseal(content, lambda h: h["tensors"].pop() and None))
-    refuse(reseal(content, lambda h: h["tensors"].append(h["tensors"][0])))
-    refuse(reseal(content, lambda h: h["tensors"].reverse()))
     refuse(reseal(content, lambda h: h["streams"].append(dict(codec="zstd", bytes=0, raw_bytes=0))))
-    refuse(reseal(content, lambda h: h["tensors"].append(dict(h["tensors"][0], name="extra"))))
 
 
 def test_bits_that_are_not_the_ones_of_the_codes(content):
-    def narrow(header):
-        entry = next(e for e in header["tensors"] if e["name"] == "blocks.a.mlp.up.weight")
-        entry["bits"] = 3
-
-    assert "blocks.a.mlp.up.weight" in refuse(reseal(content, narrow))
+    assert "blocks" in refuse(reseal(content, edit("config.core_bits", 3)))
     for bits in (0, 1, 9, -6, 10**20):
-        def change(header, bits=bits):
-            next(e for e in header["tensors"] if e["name"] == "blocks.a.mlp.up.weight")["bits"] = bits
-
-        refuse(reseal(content, change))
+        assert "core_bits" in refuse(reseal(content, edit("config.core_bits", bits)))
 
 
 def test_codes_beyond_their_bits(content):
-    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == "blocks.b.mlp.down.weight")
+    index, start = offset_of("blocks.b.mlp.down.weight")
     for code in (-32, 32, -128, 127):
-        change = lambda raw, code=code: raw.__setitem__(entry["offset"] + 3, code % 256)
-        assert "blocks.b.mlp.down.weight" in refuse(repack(content, entry["stream"], change))
+        change = lambda raw, code=code: raw.__setitem__(start + 3, code % 256)
+        assert "blocks.b.mlp.down.weight" in refuse(repack(content, index, change))
 
 
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00])
-@pytest.mark.parametrize("name", ["blocks.a.mlp.up.weight.step", "mixes"])
+@pytest.mark.parametrize("name", ["blocks.a.mlp.up.weight.step", "passes.mixes"])
 def test_values_that_are_not_finite(content, name, bits):
-    entry = next(e for e in split(content)[0]["tensors"] if e["name"] == name)
+    index, start = offset_of(name)
 
     def change(raw):
-        raw[entry["offset"] : entry["offset"] + 2] = struct.pack("<H", bits)
+        raw[start : start + 2] = struct.pack("<H", bits)
 
-    assert name in refuse(repack(content, entry["stream"], change))
+    assert name.removesuffix(".step") in refuse(repack(content, index, change))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -286,7 +354,9 @@ def test_random_changes_to_the_header_never_crash(content, data):
         at = at[key]
         key = data.draw(st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    at[key] = data.draw(leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2))
+    at[key] = data.draw(
+        leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.text(max_size=3), leaves, max_size=2)
+    )
     try:
         unpack_artifact(seal(header, split(content)[1]), describe_stored)
     except ArtifactError:
@@ -305,6 +375,7 @@ def test_errors_name_the_file(content, tmp_path):
 
 def test_the_file_is_checked_before_a_model_is_built(content, monkeypatch):
     """A stored config of 100 GB, in a file whose streams are small, is refused without memory for its tensors."""
+
     def enlarge(header):
         header["config"] |= dict(model_dim=65536, vocab_size=65536)
 

@@ -18,7 +18,7 @@ import train_gpt
 from data.shards import TokenStream
 from kernels.attention import attend
 from loopgolf.adapting import LoraScorer, SgdScorer
-from loopgolf.scoring import ByteCounter, Window, WindowScorer
+from loopgolf.scoring import ByteCounter, PlainScorer, SlidingScorer, Window
 from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
 from train_gpt import LoopedGPT, build_scorer
 
@@ -69,7 +69,8 @@ HONEST = {
     "banded, documents": ("banded", dict(doc_attention=True)),
     "sgd": ("sgd", {}), "lora": ("lora", {}),
     "no tables": ("plain", dict(smear=False, bigram_buckets=0, ve_passes="none")),
-    "sliding, experts": ("sliding", EXPERTS), "lora, experts": ("lora", EXPERTS),
+    "sliding, experts": ("sliding", EXPERTS), # a gentle rate: rounding that another batch layout brings would decide who routes where
+    "lora, experts": ("lora", EXPERTS | dict(lora_lr=0.03)),
 }  # fmt: skip
 
 
@@ -91,9 +92,9 @@ def test_an_honest_scorer_passes_every_rule(name, judge):
 class Peeking(LoopedGPT):
     """Every state knows a little of the next token."""
 
-    def forward(self, tokens, depth=None, cache=None, lora=None):
+    def hidden(self, tokens, *more, **named):
         following = torch.cat((tokens[:, 1:], tokens[:, -1:]), 1)
-        return super().forward(tokens, depth, cache, lora) + 0.01 * self.embed(following)
+        return super().hidden(tokens, *more, **named) + 0.01 * self.embed(following)
 
 
 class Smearing(LoopedGPT):
@@ -157,24 +158,24 @@ def test_attention_across_documents_is_caught_where_the_config_forbids_it(mode, 
 # --- cheaters: scorers ------------------------------------------------------------------------------------------------
 
 
-def cheat(base: type, mode: str = ""):
+def cheat(base: type):
     """Builds a cheater as build_scorer would."""
-    return lambda model, config: base(model, config, tiny_context(), *([mode] if mode else []))
+    return lambda model, config: base(model, config, tiny_context())
 
 
-class Overfull(WindowScorer):
+class Overfull(PlainScorer):
     def log_probs(self, tokens, windows):
         for positions, log_probs in super().log_probs(tokens, windows):
             yield positions, log_probs + 0.001
 
 
-class Undefined(WindowScorer):
+class Undefined(PlainScorer):
     def log_probs(self, tokens, windows):
         for positions, log_probs in super().log_probs(tokens, windows):
             yield positions, log_probs.masked_fill(positions[:, None] == 40, math.nan)
 
 
-class Partial(WindowScorer):
+class Partial(PlainScorer):
     """Normalized over the first ids only."""
 
     def log_probs(self, tokens, windows):
@@ -182,7 +183,7 @@ class Partial(WindowScorer):
             yield positions, log_probs[:, :380].log_softmax(-1)
 
 
-class TargetAware(WindowScorer):
+class TargetAware(PlainScorer):
     """Raises the probability of what comes, and pays for it with the rest."""
 
     def log_probs(self, tokens, windows):
@@ -190,7 +191,7 @@ class TargetAware(WindowScorer):
             yield positions, (log_probs + torch.nn.functional.one_hot(tokens[positions], 384)).log_softmax(-1)
 
 
-class KnowsDocuments(WindowScorer):
+class KnowsDocuments(PlainScorer):
     """Is the surer the more documents the text has."""
 
     def log_probs(self, tokens, windows):
@@ -207,7 +208,7 @@ NO_DISTRIBUTION = {
 
 @pytest.mark.parametrize("scorer, rule", NO_DISTRIBUTION.items())
 def test_what_is_no_distribution_fixed_beforehand_is_caught(scorer, rule, judge):
-    verdicts = judge("plain", cheat(scorer, "plain"))
+    verdicts = judge("plain", cheat(scorer))
     assert broken(verdicts) == {rule}
     if scorer is Undefined:
         assert {found["position"] for found in verdicts[rule].examples} == {40}
@@ -215,7 +216,7 @@ def test_what_is_no_distribution_fixed_beforehand_is_caught(scorer, rule, judge)
         assert verdicts[rule].examples[0]["ids"] == 380
 
 
-class Tail(WindowScorer):
+class Tail(SlidingScorer):
     """The last window once more."""
 
     def windows(self, n_tokens):
@@ -223,7 +224,7 @@ class Tail(WindowScorer):
         return windows + windows[-1:] if n_tokens > 100 else windows
 
 
-class Forgetful(WindowScorer):
+class Forgetful(SlidingScorer):
     """Leaves out the last target when it would need a window of its own."""
 
     def windows(self, n_tokens):
@@ -233,7 +234,7 @@ class Forgetful(WindowScorer):
 
 @pytest.mark.parametrize("scorer, times", [(Tail, 2), (Forgetful, 0)])
 def test_targets_that_are_scored_twice_or_never_are_caught(scorer, times, judge):
-    verdicts = judge("sliding", cheat(scorer, "sliding"))
+    verdicts = judge("sliding", cheat(scorer))
     assert broken(verdicts) == {"once"}
     assert {found["scored"] for found in verdicts["once"].examples} == {times}
 
@@ -262,7 +263,7 @@ class TrainsAhead(SgdScorer):
 
     def observe(self, tokens, chunk, done, until):
         stop = min(chunk[-1].stop + self.config.ttt_chunk, len(tokens))
-        super().observe(tokens, [*chunk[:-1], replace(chunk[-1], stop=stop)], done, until)
+        super().observe(tokens, [*chunk[:-1], chunk[-1]._replace(stop=stop)], done, until)
 
 
 class TrainsOnAll(SgdScorer):
@@ -279,7 +280,7 @@ class KeepsWeights(SgdScorer):
     """Does not restore the weights."""
 
     def reset(self):
-        if not hasattr(self, "latents"):
+        if not hasattr(self, "state"):
             super().reset()
 
 
@@ -385,7 +386,7 @@ def test_edges_surround_the_ends_of_windows():
     ]  # fmt: skip
 
 
-class Dice(WindowScorer):
+class Dice(PlainScorer):
     def log_probs(self, tokens, windows):
         for positions, log_probs in super().log_probs(tokens, windows):
             yield positions, (log_probs + 1e-6 * torch.randn_like(log_probs)).log_softmax(-1)
@@ -393,7 +394,7 @@ class Dice(WindowScorer):
 
 def test_an_audit_that_proves_nothing_is_refused(judge, tokens):
     with pytest.raises(AuditError, match="two passes over the same tokens differ from position 1 on"):
-        judge("plain", cheat(Dice, "plain"))
+        judge("plain", cheat(Dice))
     with pytest.raises(AuditError, match="span=66: at least 162 tokens are needed, so that there are two windows"):
         judge("banded", tokens=tokens[:66])
     with pytest.raises(AuditError, match="span=180: no weight was ever adapted in it; raise --span"):
@@ -408,8 +409,7 @@ def packed(dataset) -> bytes:
     config = tiny_config(data_path=str(dataset), score_mode="sliding", model_dim=16, bigram_buckets=0)
     model = tiny_model(config)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    _, sha256 = train_gpt.load_tokenizer(config)
-    return pack_weights(config, weights, dict(sha256=sha256, vocab=384))
+    return pack_weights(config, weights, train_gpt.load_run_tokenizer(config).identity)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, options, tiny_config
 
 from loopgolf.errors import ConfigError
-from train_gpt import RECIPES, Config, Stored, help_text, parse_config
+from train_gpt import RECIPES, SECTIONS, Config, Stored, help_text, parse_config
 
 POCKET = ["--recipe", "pocket"]
 
@@ -135,17 +135,30 @@ def test_a_config_never_changes():
         tiny_config().seed = 2
 
 
-def test_what_an_artifact_stores_is_the_inherited_part():
+def test_an_artifact_stores_what_differs_from_the_defaults():
     config = tiny_config(seed=9)
-    assert config.stored() == {f.name: getattr(config, f.name) for f in dataclasses.fields(Stored)}
+    differs = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(Stored) if getattr(config, f.name) != f.default
+    }
+    assert config.stored() == differs and Config().stored() == {}
     assert "seed" not in config.stored() and "plan" in config.stored() and "score_mode" in config.stored()
 
 
-def test_the_help_explains_every_option_in_one_line():
-    lines = help_text().splitlines()
+def test_the_whole_help_explains_every_option_in_one_line():
+    lines = help_text("all").splitlines()
     for field in dataclasses.fields(Config):
         (line,) = [line for line in lines if line.split()[:1] == [f"--{field.name}"]]
         assert len(line.split()) >= 4, line
+
+
+def test_the_first_page_of_the_help_fits_a_screen_and_leads_to_the_others():
+    page = help_text()
+    assert len(page.splitlines()) <= 45 and "--recipe" in page and "--beta1" not in page
+    for section in SECTIONS:
+        assert f"--help {section}" in page and len(help_text(section).splitlines()) < 50
+    assert "--beta1" in help_text("training") and "--plan" not in help_text("training")
+    with pytest.raises(ConfigError, match="did you mean training"):
+        help_text("trainig")
 
 
 @pytest.fixture

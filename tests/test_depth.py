@@ -203,7 +203,11 @@ def test_names_do_not_cover_each_other(swept):
         ([""], [], "'': "),
         (["ab 'x"], [], "No closing quotation"),
         (["ab"], ["--plan=ab"], "plans are named before it"),
-        (["ab", "abab --score_tokens 9"], ["--score_tokens=4"], "'abab --score_tokens 9' has score_tokens=9, 'ab' has 4"),
+        (
+            ["ab", "abab --score_tokens 9"],
+            ["--score_tokens=4"],
+            "'abab --score_tokens 9' has score_tokens=9, 'ab' has 4",
+        ),
         (["ab"], ["--dry_run"], "--dry_run is not for a series of seeds"),
         (["ab", "--out", "x.jpeg"], [], "a picture has to end in"),
     ],

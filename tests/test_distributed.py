@@ -38,7 +38,9 @@ def test_losses_are_the_same(runs):
     assert losses[1][-1] < losses[1][0] - 0.1, "something was learnt"
 
 
-@pytest.mark.parametrize("mode, tolerance", [("plain", 1e-3), ("sliding", 1e-3), ("banded", 1e-3), ("sgd", 1e-2), ("lora", 1e-2)])
+@pytest.mark.parametrize(
+    "mode, tolerance", [("plain", 1e-3), ("sliding", 1e-3), ("banded", 1e-3), ("sgd", 1e-2), ("lora", 1e-2)]
+)
 def test_scores_are_the_same_and_no_token_counts_twice(runs, mode, tolerance):
     one, two = ([p for p in events(text, "score") if p["mode"] == mode][-1] for _, text in (runs[1], runs[2]))
     assert one["tokens"] == two["tokens"] == "395" and one["bytes"] == two["bytes"]
@@ -121,4 +123,6 @@ def test_no_thread_of_the_process_group_outlives_it(dataset, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ending.py", str(ROOT)]
     command = [sys.executable, *launch, *tiny_options(dataset, run_id="r", iterations=2, also="none")]
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    assert [line for line in done.stderr.splitlines() if line.startswith("threads:")] == ["threads:0,3"] * 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("threads:")] == ["threads:0,3"] * 2, (
+        done.stderr
+    )

@@ -170,7 +170,10 @@ def test_a_head_of_its_own_and_logits_without_a_cap():
     assert torch.equal(model.logits(x), x @ model.unembed.weight.T)
     expected = -model.logits(x)[0, :-1].log_softmax(-1)[range(8), tokens[1:]].mean()
     torch.testing.assert_close(model(tokens[None, :-1], tokens[None, 1:]), expected, atol=1e-5, rtol=0)
-    assert (collect_specs(model)["unembed.weight"].role, collect_specs(model)["unembed.weight"].group) == ("embed", "table")
+    assert (collect_specs(model)["unembed.weight"].role, collect_specs(model)["unembed.weight"].group) == (
+        "embed",
+        "table",
+    )
 
 
 def test_fresh_adapters_and_norms_change_nothing():
@@ -244,7 +247,9 @@ def test_rows_beyond_the_trained_depth_belong_to_deeper_repetitions():
     assert len(model.passes.mixes) == 6
     plain = tiny_model(tiny_config(plan="abbbc", skips="none", ve_passes="none"))
     rows = [0, 1, 2, 3, 5]
-    plain.load_state_dict({n: p[rows] if n in ("passes.mixes", "passes.scales") else p for n, p in model.state_dict().items()})
+    plain.load_state_dict(
+        {n: p[rows] if n in ("passes.mixes", "passes.scales") else p for n, p in model.state_dict().items()}
+    )
     assert torch.equal(model.hidden(tokens, Depth(3)), plain.hidden(tokens))
 
 
@@ -265,7 +270,10 @@ def test_truncated_gradients_are_those_of_a_detached_state(plan, k, depth):
     def detach(p, x):
         return x.detach() if p.ends and p.repetitions_left is not None and p.repetitions_left >= k else x
 
-    found, expected = gradients(cut, tokens, depth=Depth(depth)), gradients(whole, tokens, depth=Depth(depth), on_pass=detach)
+    found, expected = (
+        gradients(cut, tokens, depth=Depth(depth)),
+        gradients(whole, tokens, depth=Depth(depth), on_pass=detach),
+    )
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -342,7 +350,9 @@ def test_lion_takes_all_parameters_and_continues():
 def test_scoring_takes_the_depth_of_the_config():
     config = tiny_config(**LOOP, score_depth=5)
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
-    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(5))) and not torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(2)))
+    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(5))) and not torch.equal(
+        model.hidden(tokens), model.hidden(tokens, Depth(2))
+    )
     assert "score_depth" in config.stored()
 
 

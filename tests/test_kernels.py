@@ -242,7 +242,9 @@ def packed_kernels(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("packed_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {tuple(value.arg_names): value for value in vars(module).values() if isinstance(value, head.triton.JITFunction)}
+    return {
+        tuple(value.arg_names): value for value in vars(module).values() if isinstance(value, head.triton.JITFunction)
+    }
 
 
 def compile_for_hopper(function, types: list, warps: int):
@@ -271,7 +273,9 @@ def test_it_compiles_for_hopper_and_fits_and_so_does_what_is_packed(
         assert "wgmma" in made.asm["ptx"], "the products do not run on Hopper's tensor cores"
     ours = packed_kernels[tuple(getattr(module, kernel).arg_names)]
     packed = compile_for_hopper(ours, types, warps)
-    assert without_places(packed.asm["ttir"].replace(f"@{ours.__name__}(", f"@{kernel}(")) == without_places(made.asm["ttir"])
+    assert without_places(packed.asm["ttir"].replace(f"@{ours.__name__}(", f"@{kernel}(")) == without_places(
+        made.asm["ttir"]
+    )
 
 
 def without_places(ttir: str) -> list[str]:

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from loopgolf.runtime import Log, format_value
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Zs", "Cf"]) | st.sampled_from(" %\n\t:")))
+@given(
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Zs", "Cf"]) | st.sampled_from(" %\n\t:")
+    )
+)
 def test_any_text_is_one_word_that_reads_back(text):
     event, pairs = parse_line(f"event key:{format_value(text)} last:1")
     assert event == "event" and pairs == {"key": text or "-", "last": "1"}

@@ -199,7 +199,9 @@ def test_depth_r_is_the_plan_written_out(depth, rows):
 def test_the_depth_is_the_configs_unless_said():
     config = tiny_config(plan="a(b)*rc", depth=3, skips="none")
     model, tokens = tiny_model(config), draw_tokens(config, 20)[None]
-    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(3))) and not torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(2)))
+    assert torch.equal(model.hidden(tokens), model.hidden(tokens, Depth(3))) and not torch.equal(
+        model.hidden(tokens), model.hidden(tokens, Depth(2))
+    )
 
 
 def test_4b7l_has_the_parameters_of_the_entry_it_started_from():
@@ -251,7 +253,9 @@ def test_the_embedding_does_not_look_across_a_document_start():
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(("past", "window", "has_docs"), [(0, 999, False), (0, 150, True), (37, 90, True), (37, 20, False)])
+@pytest.mark.parametrize(
+    ("past", "window", "has_docs"), [(0, 999, False), (0, 150, True), (37, 90, True), (37, 20, False)]
+)
 def test_both_forms_of_attention_are_that_with_a_dense_mask(heads, past, window, has_docs):
     B, T, J, K = 2, 201, 2, 8
     generator = torch.Generator().manual_seed(heads)

@@ -236,7 +236,10 @@ def test_fresh_weights_and_their_kinds():
         torch.testing.assert_close(part @ part.T, torch.eye(16), rtol=0, atol=1e-5)
     assert not moe.down.weight.any() and not moe.shared_down.weight.any() and block.mlp_gate == block.moe_gate == 0.5
     assert all(abs(p.std().item() - 0.02) < 0.005 for p in (moe.router, moe.loops)) and len(moe.loops) == 3
-    kinds = [collect_specs(model)[f"blocks.b.{name}"].group for name in ("moe.up.weight", "moe.router", "moe.loops", "moe_gate", "mlp_norm")]
+    kinds = [
+        collect_specs(model)[f"blocks.b.{name}"].group
+        for name in ("moe.up.weight", "moe.router", "moe.loops", "moe_gate", "mlp_norm")
+    ]
     assert kinds == ["matrix", *["vector"] * 4] and collect_specs(model)["blocks.b.moe.down.weight"].role == "core"
 
 

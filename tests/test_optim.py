@@ -58,7 +58,9 @@ def test_without_a_gradient_matrices_and_tables_shrink_and_vectors_stay():
     state.step(1.0, 0.9)
     shrink = {"matrix": 1 - 0.1 * 0.5, "table": 1 - 0.2 * 0.5, "vector": 1.0}
     for name, weight in state.master.weights.items():
-        torch.testing.assert_close(weight.detach(), before[name] * shrink[collect_specs(model)[name].group], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            weight.detach(), before[name] * shrink[collect_specs(model)[name].group], rtol=1e-6, atol=0
+        )
         if collect_specs(model)[name].group == "vector":
             assert torch.equal(weight, before[name]), name
 
@@ -112,7 +114,9 @@ def test_momentum_remembers_the_gradient():
     for grad in (1.0, 2.0):
         state.master.weights[name].grad.fill_(grad)
         state.step(1.0, 0.9)
-    assert torch.allclose(state.optimizers["muon"].state[state.master.weights[name]]["momentum"], torch.tensor(0.9 * 1.0 + 2.0))
+    assert torch.allclose(
+        state.optimizers["muon"].state[state.master.weights[name]]["momentum"], torch.tensor(0.9 * 1.0 + 2.0)
+    )
     assert not state.master.flat_grad.any(), "a step leaves the gradient at zero"
 
 
@@ -197,7 +201,7 @@ def test_a_step_against_plain_autograd():
     config, model, state = build(grad_clip=0.0)
     reference = copy.deepcopy(model)
     inputs, targets = draw_batch(config)
-    reference(inputs, targets, 1).backward()
+    reference(inputs, targets).backward()
     state.step = lambda *_: None
     train_step(model, state, (inputs, targets), FULL, tiny_context())
     for name, p in reference.named_parameters():

@@ -3,203 +3,314 @@
 CPU: pytest tests/test_pack.py
 """
 
-import ast
-import bz2
 import json
-import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, tiny_options
+from helpers import ROOT, SMALL, clean_environment, tiny_options
 
 import tools.pack
 import tools.submission.script
 import train_gpt
+from loopgolf.source import find_counted
+
+RESERVE = 32_000
+QUICK = SMALL | dict(score_tokens=200, lora_chunk=32)
+
+
+def used_modules(recipe: str) -> tuple[str, ...]:
+    """The lazy ones."""
+    return tuple(train_gpt.used_modules(train_gpt.parse_config(["--recipe", recipe], {})[0]))
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("packed") / "renamed.py"
-    assert tools.pack.main(["--out", str(path)]) == 0
-    return path
+def scripts(tmp_path_factory) -> dict[tuple[str, ...], Path]:
+    """The scripts of all recipes by the lazy modules that they use, as recipes that use the same give the same bytes."""
+    found = {}
+    for recipe in train_gpt.RECIPES:
+        if used_modules(recipe) not in found:
+            path = tmp_path_factory.mktemp("packed") / f"renamed_{recipe}.py"
+            assert tools.pack.main(["--recipe", recipe, "--out", str(path), "--code_reserve", str(RESERVE)]) == 0
+            found[used_modules(recipe)] = path
+    return found
 
 
-def run_script(script: Path, arguments: list[str], cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess:
+@pytest.fixture
+def packed(scripts) -> Path:
+    """The script of a recipe without experts."""
+    return scripts[used_modules("pocket")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start(script: Path, arguments: list[str], cwd: Path, ranks: int = 0) -> subprocess.Popen[str]:
+    (cwd / "tmp").mkdir(parents=True, exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return subprocess.run(
-        [sys.executable, *launch, str(script), *arguments], cwd=cwd, env=clean_environment(TMPDIR=cwd / "tmp"),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *launch, str(script), *arguments],
+        cwd=cwd,
+        env=clean_environment(TMPDIR=cwd / "tmp"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def run_in_empty_folder(script: Path, arguments: list[str], folder: Path, ranks: int = 0) -> str:
-    (folder / "tmp").mkdir(parents=True)
-    done = run_script(script, arguments, folder, ranks)
-    assert done.returncode == 0, done.stderr
-    assert not [path for path in (folder / "tmp").iterdir() if path.name.startswith("loopgolf-")], "left something behind"
-    return done.stdout
+def end(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What it wrote, once it has ended as expected."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return out, err
 
 
-def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
-    assert tools.pack.main(["--out", str(tmp_path / "again.py")]) == 0
-    assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
-    assert packed.stat().st_size < train_gpt.Config().code_reserve
-
-
-def read_module(packed: Path) -> str:
-    """What the start script writes, by the format's description alone."""
-    with zipfile.ZipFile(packed) as archive:
-        return bz2.decompress(archive.read("code")).decode().split("\0")[1]
-
-
-def test_what_main_never_reaches_stays_out(packed):
-    """Going by texts of messages and names of attributes: other names are shortened."""
-    text = read_module(packed)
-    for message in ("value_scales", "zero-byte file", "codes end too early"):  # of all three modules
-        assert message in text
-    lazy = "from loopgolf.moe import"  # by a block with experts, which then asks for the module
-    assert lazy in text
-    assert not re.search(r"(from|import) (data|kernels|tools|triton)\b", text.replace(lazy, ""))
-    assert "do not fit into uint16" in (ROOT / "data/shards.py").read_text()
-    assert "do not fit into uint16" not in text, "write_shard is for those who make data"
-
-
-def parse_modules(**texts: str) -> dict[str, ast.Module]:
-    return {name: ast.parse(text) for name, text in texts.items()}
-
-
-def test_modules_become_one():
-    """The entry last, whatever it is called; what several import is imported once; no module imports another."""
-    tree = tools.pack.fuse(parse_modules(
-        train_gpt="from b import f\nimport os\nfrom torch import Tensor, nn\ndef main(): from c import g; return f, g",
-        b="import os\nfrom torch import Tensor\nf = os.sep", c="def g(): pass", zz="z = 1",
-    ))  # fmt: skip
-    assert ast.unparse(tree).splitlines() == [
-        "import os", "from torch import Tensor", "from torch import nn", "f = os.sep", "", "def g():", "    pass",
-        "z = 1", "", "def main():", "    pass", "    return (f, g)",
-    ]  # fmt: skip
-
-
-def test_a_module_stands_behind_those_that_it_imports():
-    """Or a class would come before the one that it is made from."""
-    tree = tools.pack.fuse(parse_modules(
-        a="from train import Loss\nclass Large(Loss): pass", train="from z import Stop\nclass Loss(Stop): pass",
-        train_gpt="from a import Large\ndef main(): return Large()", z="class Stop(Exception): pass",
-    ))  # fmt: skip
-    names = [line.name for line in tree.body]
-    assert names == ["Stop", "Loss", "Large", "main"]
-    space = {}
-    exec(compile(ast.unparse(tree), "fused", "exec"), space)
-    assert isinstance(space["main"](), space["Stop"])
-
-
-def test_what_only_annotations_name_is_not_imported(tmp_path):
-    texts = parse_modules(train_gpt="import sys\nfrom collections.abc import Callable, Iterator\nfrom b import T\n"
-                          "def main(argv: Callable) -> T:\n    n: T = isinstance(sys.argv, Iterator)\n    return n", b="class T: pass")  # fmt: skip
-    (tmp_path / "p.py").write_bytes(tools.pack.pack(texts)[0])
-    text = read_module(tmp_path / "p.py")
-    assert "sys" in text and "Iterator" in text and "Callable" not in text and "class" not in text
-
-
-@pytest.mark.parametrize("code", [
-    "def f(kept, free): pass\nf(kept=1)\nlibrary.call(free=2)",
-    "def f(free): pass\nlog(free=1)\nclass A:\n    def g(self, kept): f(2)\na.g(kept=1)",
-    "def f(kept): pass\nfunctools.partial(f, kept=1)",
-    "def f(kept): pass\ng = f\ng(kept=1)",
-    "def f(kept): pass\ndict(a=f)['a'](kept=1)",
-    "class A:\n    def open(self, kept): pass\na.open(kept=1)",
-    "def f(kept, free): pass\nf(kept=1)\ng = dict(f=f, free=1)",
-    "class A:\n    def f(self, kept): pass\ng = A().f\ng(kept=1)",
-    "class A:\n    def __init__(self, kept): pass\nA(kept=1)",
-    "class A:\n    def __init__(self, kept): pass\nkinds = [A]\nkinds[0](kept=1)",
-    "class A:\n    def __init__(self, *, kept): pass\nclass B(A):\n    pass\nB(kept=1)",
-    "class A:\n    def forward(self, kept): pass\nmodel(kept=1)",
-    "g = lambda kept: 0\ng(kept=1)",
-])  # fmt: skip
-def test_parameters_that_may_be_given_by_keyword_keep_their_names(code):
-    assert tools.pack.keywords_in(ast.parse(code)) == {"kept"}
-
-
-@pytest.mark.parametrize("texts, words", [
-    (dict(train_gpt="def main(): pass\ndef f(): pass", b="f = 1"), ("train_gpt", "b", "f")),
-    (dict(train_gpt="from b import f as h\ndef main(): h()", b="def f(): pass"), ("b", "f", "another name")),
-])  # fmt: skip
-def test_what_one_module_would_change_is_refused(texts, words):
-    with pytest.raises(tools.pack.PackError) as caught:
-        tools.pack.fuse(parse_modules(**texts))
-    assert all(word in str(caught.value) for word in words)
-
-
-@pytest.mark.parametrize("recipe", ["4b7l", "pocket"])
-def test_it_plans_as_the_source_does(recipe, packed, tmp_path):
-    arguments = ["--recipe", recipe, "--dry_run", "--device", "cpu"]
-    source = run_in_empty_folder(ROOT / "train_gpt.py", arguments, tmp_path / "source")
-    assert run_in_empty_folder(packed, arguments, tmp_path / "packed") == source
-    assert source.startswith("params:")
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "runs/r/result.json").read_text())["result"]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
-    results = []
-    for name, script in (("source", ROOT / "train_gpt.py"), ("packed", packed)):
-        arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256)
-        run_in_empty_folder(script, arguments, tmp_path / name, ranks)
-        results.append(json.loads((tmp_path / name / "runs/r/result.json").read_text())["result"])
-    source, ours = results
-    assert ours["artifact_sha256"] == source["artifact_sha256"] and ours["val_bpb"] == source["val_bpb"]
-    assert ours["code_bytes"] == packed.stat().st_size and source["code_bytes"] == 1000
-    assert ours["total_bytes"] == ours["artifact_bytes"] + ours["code_bytes"]
-
-
-def test_bad_input_is_one_line(packed, tmp_path):
-    done = run_script(packed, ["--modeldim", "3"], tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        "error: unknown option --modeldim (did you mean --model_dim?); see --help"
+    """In an empty folder, where nothing of the repository is found; and it leaves nothing of itself behind."""
+    arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora", **QUICK)
+    ours, source = tmp_path / "ours", tmp_path / "source"
+    processes = [
+        start(script, arguments, cwd, ranks) for script, cwd in ((packed, ours), (ROOT / "train_gpt.py", source))
     ]
+    for process in processes:
+        end(process)
+    mine, other = result_of(ours), result_of(source)
+    assert mine["artifact_sha256"] == other["artifact_sha256"] and mine["val_bpb"] == other["val_bpb"]
+    assert mine["code_bytes"] == packed.stat().st_size and other["code_bytes"] == 1000
+    assert mine["total_bytes"] == mine["artifact_bytes"] + mine["code_bytes"]
+    assert not list((ours / "tmp").glob("loopgolf-*"))
+    # its log proves what ran: the modules inside
+    modules = tools.submission.script.unpack_modules(packed.read_bytes())
+    assert f"code_sha256:{tools.submission.script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
+
+
+def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
+    """Whatever order the sets of another process have."""
+    command = [sys.executable, "-m", "tools.pack", "--recipe=pocket", f"--code-reserve={RESERVE}"]
+    environment = clean_environment(PYTHONHASHSEED=7)
+    subprocess.run([*command, f"--out={tmp_path / 'again.py'}"], cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
+
+
+def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
+    mixed = scripts[used_modules("osrt_v4")]
+    inside, others = (set(tools.submission.script.unpack_modules(path.read_bytes())) for path in (mixed, packed))
+    assert (inside - others, others - inside) == ({"loopgolf/moe.py"}, {"loopgolf/adapting.py"})
+    assert "loopgolf/artifact_v2.py" not in inside | others
+    options = ["--code_reserve", str(RESERVE), "--moe_experts", "3"]
+    assert tools.pack.main(["--recipe", "baseline9", "--out", str(tmp_path / "p.py"), "--", *options]) == 0
+    assert (tmp_path / "p.py").read_bytes() == mixed.read_bytes()
+
+
+def test_what_is_not_packed_is_one_line(scripts, packed, tmp_path, capsys):
+    arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
+    mixed, without = start(scripts[used_modules("osrt_v4")], arguments, tmp_path), start(packed, arguments, tmp_path)
+    assert train_gpt.main(arguments, {}) == 0
+    assert end(mixed) == tuple(capsys.readouterr())
+    out, err = end(without, code=2)
+    assert (out, err) == (
+        "",
+        "error: moe_experts=11: this script was packed without loopgolf.moe; run the repository's\n",
+    )
 
 
 def test_a_damaged_script_does_not_start(packed, tmp_path):
     content = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as archive:
-        at = archive.getinfo("code").header_offset + 400
-    content[at] ^= 1
+        content[archive.getinfo("code").header_offset + 400] ^= 1
     (tmp_path / "bad.py").write_bytes(content)
-    assert run_script(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path).returncode != 0
+    end(start(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path), code=1)
 
 
-def test_a_lazy_import_is_packed_where_it_is_asked_for(packed, tmp_path, capsys):
-    """Experts stay out of a script whose recipe has none; there they end in one line, not in a traceback."""
-    assert "grouped_mm" not in read_module(packed)
-    arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
-    done = run_script(packed, arguments, tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert "moe_experts=11" in done.stderr and "--with loopgolf.moe" in done.stderr
-    path = tmp_path / "mixed.py"
-    assert tools.pack.main(["--out", str(path), "--with", "loopgolf.moe", "--code_reserve", "25000"]) == 0
-    sources = tools.submission.script.counted_sources(11)
-    assert list(sources)[-1] == "kernels/moe.py"
-    assert tools.submission.script.pack_sources(tools.submission.script.join_sources(sources)) == path.read_bytes()
-    assert tools.submission.script.hash_sources(sources) == train_gpt.hash_counted_code(11) != train_gpt.hash_counted_code()
-    assert run_in_empty_folder(path, arguments, tmp_path / "mixed").startswith("params:356497926\n")
-    capsys.readouterr()
-    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "kernels.more"]) == 2
-    assert "kernels.more" in capsys.readouterr().err
-
-
-def test_a_packed_mixture_makes_the_artifact_of_the_source(dataset, tmp_path):
-    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--with", "loopgolf.moe", "--code_reserve", "25000"]) == 0
-    found = []
-    for name, script in (("source", ROOT / "train_gpt.py"), ("packed", tmp_path / "p.py")):
-        arguments = tiny_options(dataset, run_id="r", iterations=2, moe_experts=3, moe_hidden=8, checkpoint_passes=1)
-        run_in_empty_folder(script, arguments, tmp_path / name)
-        found.append(json.loads((tmp_path / name / "runs/r/result.json").read_text())["result"]["artifact_sha256"])
-    assert found[0] == found[1]
-
-
-def test_code_over_the_reserve_is_refused(tmp_path, capsys):
-    assert tools.pack.main(["--out", str(tmp_path / "p.py"), "--code_reserve", "9000"]) == 3
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--code_reserve", "9000"], 3, ("code_reserve=9,000", "pocket", "9,500 bytes")),
+        (["--code_reserve", "9000", "--", "--code_reserve", "99000"], 3, ("code_reserve=9,000",)),
+        (["--", "--code_reserve", "9001"], 3, ("code_reserve=9,001",)),
+        (["--recipe", "packet"], 2, ("recipe=packet", "did you mean pocket")),
+        (["--", "--modeldim", "3"], 2, ("--modeldim", "did you mean --model_dim")),
+        (["--", "--model_dim", "1"], 2, ("model_dim=1",)),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line(arguments, code, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tools.pack, "pack", lambda sources: bytes(9500))
+    assert tools.pack.main(["--recipe", "pocket", "--out", str(tmp_path / "p.py"), *arguments]) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert "code_reserve=9000" in line and "characters" in line and not list(tmp_path.iterdir())
+    assert line.startswith("error: ") and all(word in line for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rules
+# ----------------------------------------------------------------------------------------------------------------------
+
+FIELD = "from dataclasses import dataclass\n@dataclass\nclass A:"
+SAME = ""  # packed as it is written here
+
+RULES = {
+    # 2. comments, docstrings, annotations
+    "comments and docstrings": ('"""Text."""\ndef main():\n\t"""Text."""  # text\n\treturn 1', "def main():return 1"),
+    "only a docstring": ('def main():\n\t"""Text."""', "def main():pass"),
+    "other strings": ("def main():return'Text.',A\nclass A:text='Text.'", SAME),
+    "annotations": (
+        "x: int = 1\ny: str\ndef main(a: int, *b: int, c: int = x, **d: int) -> int: pass",
+        "x=1\npass\ndef main(a,*b,c=x,**d):pass",
+    ),
+    "annotations inside": (
+        "def main(self):\n\ta: int = 1\n\tself.b: int = a\n\tself.c: int",
+        "def main(self):A=1;self.b=A;pass",
+    ),
+    "imports for annotations": ("from a import T\ndef main(x: T) -> T: pass", "def main(x):pass"),
+    "fields": (f"{FIELD} b: str; c: float = 1.5\ndef main(): A", f"{FIELD}b:int;c:int=1.5\ndef main():A"),
+    "fields that tell": (
+        f"from typing import ClassVar\n{FIELD} b: ClassVar[str] = 1\ndef main(): A",
+        f"from typing import ClassVar\n{FIELD}b:ClassVar[str]=1\ndef main():A",
+    ),
+    "constexpr": (
+        "import triton.language as tl\ndef main(x: int, SIZE: tl.constexpr): pass",
+        "import triton.language as tl\ndef main(x:int,SIZE:tl.constexpr):pass",
+    ),
+    "custom_op": (
+        "from torch import Tensor\nfrom torch.library import custom_op\n@custom_op('a::b')\ndef main(x: Tensor) -> Tensor: pass",
+        "from torch import Tensor\nfrom torch.library import custom_op\n@custom_op('a::b')\ndef main(x:Tensor)->Tensor:pass",
+    ),
+    # 3. help
+    "help": (
+        "from a import option\nx = option(4, 'help', low=1, choices=('help',))\ndef main(): x, f(4, 'help')",
+        "from a import option\nx=option(4,'',low=1,choices=('help',))\ndef main():x,f(4,'help')",
+    ),
+    # 4. what main() reaches
+    "unreached": ("def f(): pass\nclass A: pass\nx = 1\ndef main(): pass", "def main():pass"),
+    "reached through others": ("def f():g\ng=1\ndef main():f()", SAME),
+    "reached as an attribute": ("def f():pass\ndef main(m):m.f", SAME),
+    "reached as a word": ("def f():pass\ndef main(m):getattr(m,'f')", SAME),
+    "reached in a path": ("def f():pass\ndef main(m):return'm.f'", SAME),
+    "no word of a sentence": ("def f(): pass\ndef main(): return 'f of x'", "def main():return'f of x'"),
+    "an if goes as a whole": ("if a:\n\tx = 1\n\tfor y in x: print(y)\ndef main(): pass", "def main():pass"),
+    "an if stays as a whole": ("if a:\n\tx=1;y=2\n\tif b:z=3\ndef main():x", SAME),
+    "a try goes as a whole": (
+        "try: import triton\nexcept ImportError: triton = None\ndef main(): pass",
+        "def main():pass",
+    ),
+    "what acts stays": ("def f():pass\nf()\nT['f']=1\nT|={}\nif a:f()\ndef main():pass", SAME),
+    "decorators that act": ("def f(g):pass\n@f\ndef g():pass\ndef main():pass", SAME),
+    "decorators that do not": (
+        "import functools\n@functools.cache\ndef f(): pass\ndef main(): pass",
+        "def main():pass",
+    ),
+    # 5. imports
+    "imports": (
+        "import os, a.b, c.d as e\nfrom f import g, h as i, k\ndef main(): a.b.x, i, k\ndef j(): os, e, g",
+        "import a.b\nfrom f import h as i,k\ndef main():a.b.x,i,k",
+    ),
+    "imports for what they do": ("import a\nfrom b import c\ndef main():pass", SAME),
+    "lazy imports": ("def main():\n\tfrom a import b as c\n\treturn c", "def main():from a import b as A;return A"),
+    # 6. names
+    "locals": (
+        "def main(first, *rest, last=1, **others):\n\ttotal = first\n\treturn [row for row in rest], total, lambda key: key",
+        "def main(first,*rest,last=1,**others):A=first;return[A for A in rest],A,lambda key:key",
+    ),
+    "public names": (
+        "class Alpha:\n\tbeta=1\n\tdef gamma(self):self.delta=epsilon;return self.delta\nepsilon=2\ndef main():return Alpha,epsilon",
+        SAME,
+    ),
+    "jit": ("@triton.jit\ndef main(first):total=first;other=total;return total,other", SAME),
+    "builtins": ("def main():return len,len,len,len,len,'text','text','text',None,None,None", SAME),
+}
+
+
+@pytest.mark.parametrize("text, expected", RULES.values(), ids=RULES)
+def test_rule(text, expected):
+    found = tools.pack.shorten({"train_gpt.py": text})["train_gpt.py"]
+    assert found.removesuffix("\n") == (expected or text)
+
+
+@pytest.mark.parametrize(
+    "sources, expected",
+    [
+        pytest.param(
+            {
+                "train_gpt.py": "from p.a import run as go\nimport p.b as b\ndef main():return go(),b.step(x=1)",
+                "p/__init__.py": "",
+                "p/a.py": "def run():return 1\ndef go():return 2",
+                "p/b.py": "def step(*,x):return go(x)\ndef go(x):return x",
+            },
+            {},
+            id="equal names, other names, keywords",
+        ),
+        pytest.param(
+            {
+                "train_gpt.py": "from p.a import f\ndef main():return f()",
+                "p/__init__.py": "",
+                "p/a.py": "from p.b import T\ndef f():return 1\ndef g() -> T:return 2",
+                "p/b.py": "class T:pass\nprint('acts')",
+            },
+            {"p/a.py": "def f():return 1", "p/b.py": None},
+            id="what is imported for an annotation",
+        ),
+        pytest.param(
+            {
+                "train_gpt.py": "import importlib\ndef main():return getattr(importlib.import_module('p.a'),'f')()",
+                "p/__init__.py": "",
+                "p/a.py": "from p.b import g\ndef f():return g()",
+                "p/b.py": "def g():return 1\ndef h():return 2",
+            },
+            {"p/b.py": "def g():return 1"},
+            id="lazy, with what it imports",
+        ),
+    ],
+)
+def test_modules(sources, expected):
+    """`expected`: what differs from the sources; None for what goes."""
+    found = {path: text.removesuffix("\n") for path, text in tools.pack.shorten(sources).items()}
+    assert found == {path: text for path, text in (sources | expected).items() if text is not None}
+
+
+def test_modules_of_a_run(tmp_path):
+    """The entry, what it imports, what these import, their packages, and the lazy ones that are named."""
+    files = {
+        "train_gpt.py": "import os\nfrom p import a\nfrom q.b import f\ndef g():\n import p.lazy, p.other",
+        "p/__init__.py": "import p.first",
+        "p/first.py": "",
+        "p/a.py": "try: import q.c\nexcept ImportError: pass",
+        "p/lazy.py": "import p.d",
+        "p/d.py": "",
+        "p/other.py": "",
+        "q/__init__.py": "",
+        "q/b.py": "import q.missing",
+        "q/c.py": "",
+        "q/d.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    own = ["p", "p.a", "p.first", "q", "q.b", "q.c", "train_gpt"]
+    assert list(find_counted(tmp_path, [])) == own
+    assert list(find_counted(tmp_path, ["p.lazy", "nowhere"])) == sorted([*own, "p.lazy", "p.d"])
+    assert find_counted(tmp_path, [])["p"] == tmp_path / "p/__init__.py"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_readable_source_is_packed_to_the_script(packed):
+    script = tools.submission.script
+    config, _ = train_gpt.parse_config(["--recipe", "pocket"], {})
+    sources = script.counted_sources(config)
+    joined = script.join_sources(sources)
+    assert script.split_sources(joined) == sources
+    assert script.pack_sources(joined) == packed.read_bytes()
+    assert script.hash_sources(sources) == train_gpt.hash_counted_code(config)
+    assert script.unpack_zip(packed.read_bytes()).count("\ndef main(argv,environ,code_bytes=0):") == 1

@@ -35,12 +35,12 @@ def test_what_is_drawn_is_what_was_run(folder, dataset):
 
 def test_bytes_are_shared_out_by_what_the_codes_say(folder):
     artifact, found = train_gpt.load_artifact(folder / "artifact.lg"), plot.load_run(folder, plot.GREY).bytes_by_part
-    codes, others = (stream["bytes"] for stream in artifact.streams)
+    codes, others = (stream.bytes for stream in artifact.streams)
     bits = Counter()
-    for entry in artifact.layout:
-        if entry["scheme"] == "int":
-            counts = np.unique(artifact.raw[entry["name"]], return_counts=True)[1]
-            part = "token embedding" if entry["name"] == "embed.weight" else "rest"
+    for name, described in artifact.layout.items():
+        if described.format.scheme == "int":
+            counts = np.unique(artifact.raw[name], return_counts=True)[1]
+            part = "token embedding" if name == "embed.weight" else "rest"
             bits[part] -= counts @ np.log2(counts / counts.sum())
     assert found["token embedding"] == pytest.approx(codes * bits["token embedding"] / bits.total())
     assert found["vectors, steps"] == pytest.approx(others)

@@ -84,7 +84,9 @@ def test_large_rows(magnitude):
     assert back.isfinite().all() and (magnitude > 1e6 or (back - weight).abs().max() < magnitude * 6 / 31)
 
 
-@pytest.mark.parametrize("grid", [RowGrid(6, 4.0), RowGrid(6, 8.0), RowGrid(6, 24.0), RowGrid(8, 20.0), RowGrid(4, 2.0), RowGrid(2, 1.0)])
+@pytest.mark.parametrize(
+    "grid", [RowGrid(6, 4.0), RowGrid(6, 8.0), RowGrid(6, 24.0), RowGrid(8, 20.0), RowGrid(4, 2.0), RowGrid(2, 1.0)]
+)
 @pytest.mark.parametrize("scale", [0.02, 5.0])
 def test_bits_of_a_code_are_the_entropy_of_gaussian_codes_whatever_their_scale(grid, scale):
     codes, _ = grid.quantize(draw_rows(16, 1 << 16) * scale)
@@ -119,8 +121,13 @@ def test_blocks_that_the_plan_repeats_are_core():
     model = LoopedGPT(tiny_config(plan="a(bc)*2d"))
     assert {collect_specs(model)[f"blocks.{name}.mlp.up.weight"].role for name in "bc"} == {"core"}
     assert {collect_specs(model)[f"blocks.{name}.mlp.up.weight"].role for name in "ad"} == {"edge"}
-    assert collect_specs(model)["embed.weight"].role == "embed" and collect_specs(model)["bigram.weight"].role == "table"
-    assert collect_specs(model)["bigram_out.weight"].role == "edge" and collect_specs(model)["passes.mixes"].role == "vector"
+    assert (
+        collect_specs(model)["embed.weight"].role == "embed" and collect_specs(model)["bigram.weight"].role == "table"
+    )
+    assert (
+        collect_specs(model)["bigram_out.weight"].role == "edge"
+        and collect_specs(model)["passes.mixes"].role == "vector"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,5 +204,9 @@ def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, c
         own = p.half().to(p.dtype) if collect_specs(model)[name].group == "vector" else p
         assert torch.equal(dict(loaded.named_parameters())[name], own), name
     now = model.state_dict()
-    moved = [n for n, w in weights.items() if collect_specs(model)[n].group == "matrix" and not torch.equal(w.to(dtype), now[n])]
+    moved = [
+        n
+        for n, w in weights.items()
+        if collect_specs(model)[n].group == "matrix" and not torch.equal(w.to(dtype), now[n])
+    ]
     assert len(moved) >= len(model.plan.names) * 2, "training computed on the grid, not with the master weights"

@@ -64,7 +64,7 @@ def test_a_run_leaves_its_folder(finished, dataset):
     assert (folder / "tokenizer.model").read_bytes() == (dataset / "tokenizer.model").read_bytes()
     assert json.loads((folder / "config.json").read_text())["seed"] == 7
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["at"]["step"] == 24
+    assert checkpoint["position"]["step"] == 24
     assert done.stdout.endswith((folder / "log.txt").read_text()[-200:]) and done.stderr == ""
 
 
@@ -72,8 +72,8 @@ def test_the_last_line_is_the_result(finished):
     folder, done = finished
     event, fields = parse_log((folder / "log.txt").read_text())[-1]
     assert event == "result" and parse_log(done.stdout)[-1] == (event, fields)
-    wanted = """val_bpb val_loss score_mode bpb_trained bpb_averaged bpb_plain steps tokens train_s eval_s artifact_bytes
-                code_bytes total_bytes limit fits seed recipe artifact_sha256"""
+    wanted = """val_bpb val_loss score_mode updates skipped bpb_trained bpb_averaged bpb_plain steps tokens train_s
+                eval_s eval_fits artifact_bytes code_bytes total_bytes limit fits seed recipe artifact_sha256"""
     assert list(fields) == wanted.split()
     stored = json.loads((folder / "result.json").read_text())["result"]
     assert {key: format_value(value) for key, value in stored.items()} == fields
@@ -108,7 +108,11 @@ def test_the_score_comes_from_the_file_alone(finished, dataset, tmp_path, monkey
     folder, _ = finished
     _, before = parse_log((folder / "log.txt").read_text())[-1]
     copy = shutil.copy(folder / "artifact.lg", tmp_path / "moved.lg")
-    given = ["--score", copy, *options(data_path=dataset, score_tokens=400, device="cpu", dtype="float32", compile="none")]
+    given = [
+        "--score",
+        copy,
+        *options(data_path=dataset, score_tokens=400, device="cpu", dtype="float32", compile="none"),
+    ]
     assert call(given, tmp_path, monkeypatch) == 0
     _, after = parse_log(capsys.readouterr().out)[-1]
     for key in ("val_bpb", "val_loss", "score_mode", "bpb_plain", "artifact_bytes", "artifact_sha256"):
@@ -161,7 +165,7 @@ def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tm
     *place, step = MOMENTS[moment]
     done = run_struck(dataset, tmp_path, signal.SIGKILL, *place)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["at"]["step"] == step
+    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] == step
     assert not (tmp_path / "runs/r/result.json").exists()
     assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
     ours, theirs = load_artifact(tmp_path / "runs/r/artifact.lg"), load_artifact(finished[0] / "artifact.lg")
@@ -174,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tm
 def test_an_interrupted_run_saves_and_exits(number, finished, dataset, tmp_path, monkeypatch):
     done = run_struck(dataset, tmp_path, number, "train_gpt", "load_batch", 6)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--resume runs/r" in done.stderr
-    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["at"]["step"] == 6
+    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] == 6
     assert not (tmp_path / "runs/r/artifact.lg").exists()
     assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
     assert load_artifact(tmp_path / "runs/r/artifact.lg").sha256 == load_artifact(finished[0] / "artifact.lg").sha256
@@ -186,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_good_weights(dataset, tmp_
     (line,) = capsys.readouterr().err.splitlines()
     assert "loss nan at step" in line or "loss inf at step" in line
     state = torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)
-    assert all(w.isfinite().all() for w in state["optim"]["weights"].values())
+    assert all(w.isfinite().all() for w in state["state"]["weights"].values())
     assert not (tmp_path / "runs/r/artifact.lg").exists()
 
 
@@ -350,7 +354,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(name, dataset, tmp_path
     assert call(tiny_options(dataset, run_id="r", checkpoint_every_s=1e-4), tmp_path, monkeypatch) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
-    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["at"]["step"] >= 1
+    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] >= 1
     assert not [f for f in files(tmp_path) if f.endswith(".part")]
 
 

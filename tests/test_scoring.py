@@ -238,9 +238,28 @@ def test_the_meter_counts_what_it_is_given(counter, tokens):
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 TEXTS = [
-    "plain words", " leading", "  two leading", "trailing ", "a  b   c", "tab\tand\nnew lines\n\n  indented", " ", "   ",
-    "Straße, naïve, żółć", "Привет, мир", "你好，世界", "こんにちは", "مرحبا", "नमस्ते", "😀 👩‍👩‍👧‍👦 🇩🇪", "e\u0301 and é",
-    "<s> </s> <unk> <0x41>", "\u00a0no\u3000break", "x" * 300, "line\r\nline", "\ufeffmark", "a\u200bb",
+    "plain words",
+    " leading",
+    "  two leading",
+    "trailing ",
+    "a  b   c",
+    "tab\tand\nnew lines\n\n  indented",
+    " ",
+    "   ",
+    "Straße, naïve, żółć",
+    "Привет, мир",
+    "你好，世界",
+    "こんにちは",
+    "مرحبا",
+    "नमस्ते",
+    "😀 👩‍👩‍👧‍👦 🇩🇪",
+    "e\u0301 and é",
+    "<s> </s> <unk> <0x41>",
+    "\u00a0no\u3000break",
+    "x" * 300,
+    "line\r\nline",
+    "\ufeffmark",
+    "a\u200bb",
 ]
 
 

@@ -1,6 +1,6 @@
 """The shard format: what is written comes back, and every way in which a file can be broken is named.
 
-    python -m pytest tests/test_shards.py
+python -m pytest tests/test_shards.py
 """
 
 import errno
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data import shards
 from data.shards import HEADER_BYTES, SHARD_MAGIC, find_shards, read_shard, write_shard
+from loopgolf import runtime
 from loopgolf.errors import DataError
 
 
@@ -26,8 +27,10 @@ def shard(tmp_path: Path) -> Path:
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tokens=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=300),
-       dtype=st.sampled_from(["uint16", "int32", "int64", ">u2"]))
+@given(
+    tokens=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=300),
+    dtype=st.sampled_from(["uint16", "int32", "int64", ">u2"]),
+)
 def test_round_trip(tmp_path: Path, tokens: list[int], dtype: str) -> None:
     path = tmp_path / "a.bin"
     write_shard(path, np.array(tokens, dtype=dtype))
@@ -54,7 +57,7 @@ def break_header(path: Path, word: int, value: int) -> None:
         file.write(np.array([value], "<i4").tobytes())
 
 
-@pytest.mark.parametrize(("harm", "fault"), [
+CORRUPTIONS: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.write_bytes(b""), "zero-byte file"),
     (lambda path: os.truncate(path, HEADER_BYTES - 1), "truncated header"),
     (lambda path: os.truncate(path, 7), "truncated header"),
@@ -66,53 +69,56 @@ def break_header(path: Path, word: int, value: int) -> None:
     (lambda path: break_header(path, 2, -5), "counts -5 tokens"),
     (lambda path: (os.truncate(path, HEADER_BYTES), break_header(path, 2, 0)), "counts 0 tokens"),
     (lambda path: path.unlink(), "no such shard"),
-])
-def test_each_corruption_is_named(shard: Path, harm: Callable[[Path], object], fault: str) -> None:
-    harm(shard)
-    with pytest.raises(DataError) as raised:
-        read_shard(shard)
-    message = str(raised.value)
-    assert message.startswith(f"{shard}: ") and fault in message and ";" in message and "\n" not in message
+]
 
 
-@pytest.mark.parametrize("position", [0, 57, 999])
-def test_token_range_is_checked_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           position: int) -> None:
+def test_each_corruption_is_named(shard: Path) -> None:
+    for harm, fault in CORRUPTIONS:
+        write_shard(shard, np.arange(1000))
+        harm(shard)
+        with pytest.raises(DataError) as raised:
+            read_shard(shard)
+        message = str(raised.value)
+        assert message.startswith(f"{shard}: ") and ";" in message and "\n" not in message, fault
+        assert fault in message
+
+
+def test_token_range_is_checked_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "CHECK_TOKENS", 64)
-    tokens = np.full(1000, 7)
-    tokens[position] = 1024
-    write_shard(tmp_path / "a.bin", tokens)
-    assert read_shard(tmp_path / "a.bin", vocab_size=1025)[position] == 1024
-    with pytest.raises(DataError, match="token 1024 is outside the vocabulary of 1024"):
-        read_shard(tmp_path / "a.bin", vocab_size=1024)
+    for position in (0, 57, 999):
+        tokens = np.full(1000, 7)
+        tokens[position] = 1024
+        write_shard(tmp_path / "a.bin", tokens)
+        assert read_shard(tmp_path / "a.bin", vocab_size=1025)[position] == 1024
+        with pytest.raises(DataError, match="token 1024 is outside the vocabulary of 1024"):
+            read_shard(tmp_path / "a.bin", vocab_size=1024)
 
 
-@pytest.mark.parametrize("tokens", [[-1, 2], [65536], [0.5, 1.0], [], [[1, 2]], ["a"], 5])
-def test_writing_refuses_what_is_no_row_of_uint16(tmp_path: Path, tokens: object) -> None:
-    with pytest.raises(DataError, match="a.bin"):
-        write_shard(tmp_path / "a.bin", np.array(tokens))
-    assert not list(tmp_path.iterdir())
+def test_writing_refuses_what_is_no_row_of_uint16(tmp_path: Path) -> None:
+    for tokens in ([-1, 2], [65536], [0.5, 1.0], [], [[1, 2]], ["a"], 5):
+        with pytest.raises(DataError, match="a.bin"):
+            write_shard(tmp_path / "a.bin", np.array(tokens))
+        assert not list(tmp_path.iterdir()), tokens
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_file(shard: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  step: str) -> None:
+def test_an_interrupted_write_leaves_the_old_file(shard: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(os, step, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_shard(shard, np.arange(5))
-    monkeypatch.undo()
-    assert list(shard.parent.iterdir()) == [shard] and len(read_shard(shard)) == 1000
+
+    for step in ("fsync", "replace"):
+        with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+            monkeypatch.setattr(os, step, interrupt)
+            write_shard(shard, np.arange(5))
+        assert list(shard.parent.iterdir()) == [shard] and len(read_shard(shard)) == 1000, step
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_full(path: Path, mode: str) -> object:
         Path(path).touch()
         return open("/dev/full", mode)
-    monkeypatch.setattr(shards, "open", open_full, raising=False)
+
+    monkeypatch.setattr(runtime, "open", open_full, raising=False)
     with pytest.raises(OSError) as raised:
         write_shard(tmp_path / "a.bin", np.arange(60_000))
     assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
@@ -126,9 +132,9 @@ def test_find_shards_sorts_and_keeps_splits_apart(tmp_path: Path) -> None:
     assert [path.name for path in val] == ["t_val_000000.bin"]
 
 
-@pytest.mark.parametrize("name", ["absent", "."])
-def test_missing_data_names_the_folder_and_the_commands(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError) as raised:
-        find_shards(tmp_path / name, "train")
-    for part in (str(tmp_path / name), "python -m data.localtext", "python -m data.fineweb"):
-        assert part in str(raised.value)
+def test_missing_data_names_the_folder_and_the_commands(tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError) as raised:
+            find_shards(folder, "train")
+        for part in (str(folder), "python -m data.localtext", "python -m data.fineweb"):
+            assert part in str(raised.value)

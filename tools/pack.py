@@ -1,261 +1,317 @@
-"""Fuses the counted code into the one script of a record folder: train_gpt.py and the modules of this repository that
-it imports become one module, without comments, docstrings and what main() never reaches, minified and compressed. A
-module that is imported inside a function, as loopgolf.moe by a block with experts, comes along only --with its name.
+"""Packs what a recipe uses into the one script of a record folder, which runs alone, under python and torchrun.
 
-The result is a zip application of two entries: a stub, and one bzip2 stream (2% smaller than LZMA on this text) with a
-start script and the module. The stub runs the start script, which writes the module into a private temporary folder,
-because Triton and torch.compile read the source of what they compile, and calls main(). The same code always gives the
-same bytes.
+    python -m tools.pack --recipe pocket --out packed.py
+    python packed.py --recipe pocket --dry_run
+    python -m tools.pack --recipe pocket --out packed.py -- --score_mode plain         what is used with these options
 
-Example:
-    python -m tools.pack --out packed.py
-    python packed.py --recipe 4b7l --dry_run
-    python -m tools.pack --out packed.py --with loopgolf.moe --code_reserve 25000      for --recipe osrt_v4
+The script is a zip application of two entries: a stub, and one bzip2 stream with a start script and the modules. The
+start script writes them into a private temporary folder, because Triton and torch.compile read the source of what they
+compile, and calls train_gpt.main(). bzip2 takes 3% less than LZMA with its best settings on this text. The same code
+gives the same bytes on every machine; another minor version of Python, or of python-minifier, may write the same
+program in other words.
+
+Rules. What is packed is the source, but for these; nothing else in it has to be written for the packer.
+
+1. Modules: train_gpt.py, what it imports outside of functions, the packages around, and of the lazy imports those that
+   train_gpt.used_modules() names for the recipe. The others stay in the code and end in an error when they are used.
+2. Comments, docstrings and annotations go. A field of a class is annotated `int` whatever it was, unless as ClassVar,
+   InitVar or KW_ONLY; annotations stay in functions with a tl.constexpr, under triton.jit, or under custom_op.
+3. The help of option(default, "help", ...) becomes empty.
+4. A definition (function, class, assignment) at the top of a module goes when main() does not reach it by its name. A
+   name is reached in all modules at once, and as an attribute or a word of a string ("loopgolf.adapting") as well; so
+   too much stays rather than too little. An if or try that defines something goes or stays as a whole. What acts when a
+   module is loaded stays: calls, and definitions under decorators other than the PLAIN ones.
+5. An import at the top of a module goes when nothing there uses it any more; a module goes when nothing imports it any
+   more.
+6. Local variables get short names, for 6% of the bytes. Parameters, attributes and what stands at the top of a module
+   keep theirs, and so does everything in functions under triton.jit or custom_op.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import bz2
-import copy
 import hashlib
 import io
+import re
 import sys
 import zipfile
-from collections import deque
-from collections.abc import Collection
-from graphlib import TopologicalSorter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import train_gpt
 from loopgolf.errors import DoesNotFit, Stop
-from loopgolf.options import Parser
+from loopgolf.options import Parser, split_options
 from loopgolf.runtime import run_program, write_atomic
+from loopgolf.source import find_counted, follow_imports
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-ENTRY = "train_gpt"
 STUB = """import bz2
-parts=bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
+parts = bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
 exec(parts[0])
 """
-START = """import os,sys,tempfile
-archive,folder=sys.path[0],tempfile.TemporaryDirectory(prefix="loopgolf-",ignore_cleanup_errors=True)
-with open(folder.name+"/train_gpt.py","w",encoding="utf-8") as file: file.write(parts[1])
-sys.path[0]=folder.name
-import train_gpt
-sys.exit(train_gpt.main(sys.argv[1:],dict(os.environ),os.path.getsize(archive)))
+START = """import os, sys, tempfile
+code_bytes = os.path.getsize(sys.path[0])
+with tempfile.TemporaryDirectory(prefix="loopgolf-", ignore_cleanup_errors=True) as folder:
+    for name, text in zip(parts[1::2], parts[2::2]):
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    sys.path[0] = folder
+    import train_gpt
+    sys.exit(train_gpt.main(sys.argv[1:], dict(os.environ), code_bytes))
 """
 
-
-# A word that stands for the same thing everywhere compresses better than a letter that differs from place to place.
-KEPT_LOCALS, KEPT_GLOBALS = ("config", "ctx", "model", "self"), dir(builtins)
+PLAIN = {"cache", "custom_op", "dataclass", "jit", "lru_cache", "no_grad"}  # decorators that enter nothing anywhere
+TELLING = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations that change what a dataclass makes of a field
+OTHER_CHANGES = (  # that python-minifier would make
+    *("combine_imports", "constant_folding", "convert_posargs_to_args", "hoist_literals", "remove_annotations"),
+    *("remove_builtin_exception_brackets", "remove_explicit_return_none", "remove_literal_statements"),
+    *("remove_object_base", "remove_pass"),
+)
 
 
 class PackError(Stop):
     """Packing cannot go on: one line that says why and names the mend."""
 
 
-def find_module(name: str) -> Path | None:
-    """The file of a module of this repository."""
-    path = ROOT / (name.replace(".", "/") + ".py")
-    return path if path.is_file() else None
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_counted(lazy: list[str] | tuple[str, ...] = ()) -> dict[str, ast.Module]:
-    """The entry, every repository module that it imports outside of functions, and the lazy ones, by dotted name."""
-    found, wanted = {}, [ENTRY, *lazy]
-    while wanted:
-        name = wanted.pop()
-        if name in found or not (path := find_module(name)):
-            continue
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-        wanted += imported_by(found[name])
+def names_in(*nodes: ast.AST) -> set[str]:
+    """All names that something mentions, attributes and words of strings included."""
+    found: set[str] = set()
+    for node in (child for parent in nodes for child in ast.walk(parent)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found.update(node.name.split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.:]+", node.value):
+            found.update(re.split("[.:]", node.value))
     return found
 
 
-def imported_by(tree: ast.Module) -> list[str]:
-    """Names of modules, and of what may be modules, that are imported outside of functions."""
-    found, nodes = [], deque([tree])
-    while nodes:
-        node = nodes.popleft()
-        if not isinstance(node, ast.FunctionDef):
-            nodes += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
-
-
-def names_in(node: ast.AST) -> set[str]:
-    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    used |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-    return used | {alias.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for alias in n.names}
-
-
-def defined_by(line: ast.AST) -> set[str]:
-    """Names that a line at the top of a module binds, where nothing else depends on its being run."""
+def names_bound_by(line: ast.AST) -> set[str]:
+    """Names that a line at the top of a module defines or imports."""
     if isinstance(line, ast.FunctionDef | ast.ClassDef):
         return {line.name}
-    if isinstance(line, ast.Import | ast.ImportFrom):  # not even __future__ counts: annotations are not kept
+    if isinstance(line, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).split(".")[0] for alias in line.names}
-    if isinstance(line, ast.If | ast.Try | ast.ExceptHandler):  # what is there only beside Triton goes as a whole
-        return set().union(*(defined_by(node) for node in ast.iter_child_nodes(line)))
-    targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
-    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    if isinstance(line, ast.If | ast.Try | ast.ExceptHandler):
+        return set().union(*(names_bound_by(child) for child in ast.iter_child_nodes(line)))
+    if isinstance(line, ast.Assign):
+        return {node.id for target in line.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return set()
 
 
-def keep_reachable(tree: ast.Module) -> None:
-    """Removes the definitions and imports that main() cannot reach, going by names alone: rather too many stay."""
-    kept, wanted = set(), {"main"}
-    while wanted:
-        reached = [line for line in tree.body if id(line) not in kept and defined_by(line) & wanted]
-        kept |= {id(line) for line in reached}
-        wanted = set().union(*(names_in(line) for line in reached))
-    tree.body = [line for line in tree.body if id(line) in kept]
+def decorator_names(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
+    """`jit` for @triton.jit, `custom_op` for @torch.library.custom_op(...)."""
+    found = set()
+    for decorator in node.decorator_list:
+        target = decorator.func if isinstance(decorator, ast.Call) else decorator
+        found.add(target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "?"))
+    return found
 
 
-class DropImports(ast.NodeTransformer):
-    """Modules that are fused need not import names from one another."""
-
-    def __init__(self, modules: Collection[str]):
-        self.modules = modules
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
-        if node.module not in self.modules:
-            return node
-        if renamed := [alias.name for alias in node.names if alias.asname]:
-            raise PackError(f"{node.module}: {renamed[0]} is imported under another name; fused it has only its own")
-        return ast.Pass()
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def fuse(modules: dict[str, ast.Module]) -> ast.Module:
-    """One module of all: what they import, each name once, then their lines: a module's behind those of the modules
-    that it imports, the entry's last. A name has to mean the same everywhere."""
-    imports, lines, owners = {}, [], {}
-    needs = {name: sorted(modules.keys() & imported_by(modules[name])) for name in sorted(modules)}
-    needs[ENTRY] = [name for name in needs if name != ENTRY]
-    for name in TopologicalSorter(needs).static_order():
-        for line in DropImports(modules).visit(modules[name]).body:
-            if isinstance(line, ast.Import | ast.ImportFrom):
-                for alias in line.names:
-                    single = copy.copy(line)
-                    single.names = [alias]
-                    imports[ast.unparse(single)] = single
-            elif not isinstance(line, ast.Expr | ast.Pass):
-                lines.append(line)
-                if isinstance(line, ast.Try):  # an import of Triton and what serves without it: the same in all modules
-                    continue
-                for bound in defined_by(line):
-                    if owners.setdefault(bound, name) != name:
-                        raise PackError(f"{owners[bound]} and {name} both define {bound}; rename it in one of them")
-    return ast.Module([*imports.values(), *lines], [])
+class Strip(ast.NodeTransformer):
+    """Rules 2 and 3."""
 
+    def __init__(self) -> None:
+        self.fields: set[ast.AnnAssign] = set()
 
-def drop_annotations(tree: ast.Module) -> None:
-    """All but those that Triton reads; a dataclass field needs any."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(0)
-        elif isinstance(node, ast.FunctionDef):
+    def visit_Module(self, node: ast.Module) -> ast.Module:
+        drop_docstring(node)
+        self.generic_visit(node)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        drop_docstring(node)
+        self.fields.update(line for line in node.body if isinstance(line, ast.AnnAssign))
+        self.generic_visit(node)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        drop_docstring(node)
+        everyone = [arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
+        is_read = any(arg.annotation and "constexpr" in names_in(arg.annotation) for arg in everyone)
+        if not is_read and not is_compiled_from_source(node):
             node.returns = None
-        elif isinstance(node, ast.arg) and not is_constexpr(node):
-            node.annotation = None
+            for arg in everyone:
+                arg.annotation = None
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        self.generic_visit(node)
+        if node not in self.fields:
+            return ast.Assign([node.target], node.value) if node.value else ast.Pass()
+        if not names_in(node.annotation) & TELLING:
+            node.annotation = ast.Name("int")
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "option" and len(node.args) > 1:
+            node.args[1] = ast.Constant("")
+        return node
 
 
-def is_constexpr(arg: ast.arg) -> bool:
-    return arg.annotation is not None and "constexpr" in ast.unparse(arg.annotation)
+def drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> None:
+    if ast.get_docstring(node, clean=False) is not None:
+        rest = node.body[1:]
+        node.body = rest if rest or isinstance(node, ast.Module) else [ast.Pass()]
 
 
-def keywords_in(tree: ast.Module) -> set[str]:
-    """Names of parameters that some call may give by keyword. By names alone: a call reaches the functions of the name
-    that it calls, and those that are handed around as values; whatever is called, __call__ or forward may be behind."""
-    takes, values, called = {}, {"__call__", "forward"}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.Lambda):
-            names = {arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]}
-            takes.setdefault(getattr(node, "name", "__call__"), set()).update(names)
-        elif isinstance(node, ast.Call):
-            called.add(id(node.func))
-        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in called:  # a call comes before what it calls
-            values.add(name_of(node))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            takes.setdefault(node.name, set()).update(takes.get("__init__", ()))
-    loose = set().union(*(takes.get(name, ()) for name in values))
-    others = set(dir(builtins)) - takes.keys()
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and name_of(node.func) not in others]
-    return set().union(*(
-        {keyword.arg for keyword in call.keywords} & (loose | takes.get(name_of(call.func), set())) for call in calls
-    ))  # fmt: skip
+def is_compiled_from_source(node: ast.FunctionDef) -> bool:
+    return bool(decorator_names(node) & {"jit", "custom_op"})
 
 
-def name_of(node: ast.AST) -> str:
-    return getattr(node, "id", getattr(node, "attr", ""))
+def split_imports(tree: ast.Module) -> None:
+    """One name to a line, so that each can go by itself."""
+    lines: list[ast.stmt] = []
+    for line in tree.body:
+        if isinstance(line, ast.Import):
+            lines += [ast.Import([alias]) for alias in line.names]
+        elif isinstance(line, ast.ImportFrom):
+            lines += [ast.ImportFrom(line.module, [alias], line.level) for alias in line.names]
+        else:
+            lines.append(line)
+    tree.body = lines
 
 
-def minify(tree: ast.Module, public: set[str]) -> str:
-    """Without docstrings, with short names for all but attributes, what is `public` in a module, parameters that some
-    call of the code gives by keyword, and what is better KEPT."""
+def join_imports(tree: ast.Module) -> None:
+    """Neighbouring lines that import from the same module become one again."""
+    lines: list[ast.stmt] = []
+    for line in tree.body:
+        before = lines[-1] if lines else None
+        if isinstance(line, ast.ImportFrom) and isinstance(before, ast.ImportFrom) and before.module == line.module:
+            before.names += line.names
+        else:
+            lines.append(line)
+    tree.body = lines
+
+
+def acts(line: ast.stmt) -> bool:
+    """Whether something happens when a module is loaded, other than that names get a meaning."""
+    if isinstance(line, ast.FunctionDef | ast.ClassDef):
+        return not decorator_names(line) <= PLAIN
+    return not names_bound_by(line)
+
+
+def keep_reached(trees: Iterable[ast.Module]) -> None:
+    """Rule 4, for definitions; of the imports those stay that may be used."""
+    trees = list(trees)
+    waiting = [line for tree in trees for line in tree.body]
+    reached, kept = {"main"}, set()
+    while found := [line for line in waiting if acts(line) or names_bound_by(line) & reached]:
+        kept.update(found)
+        reached |= names_in(*found)
+        waiting = [line for line in waiting if line not in kept]
+    for tree in trees:
+        tree.body = [line for line in tree.body if line in kept or isinstance(line, ast.Import | ast.ImportFrom)]
+
+
+def keep_used_imports(tree: ast.Module, used_before: set[str]) -> None:
+    """Rule 5. An import that was never used is there for what it does."""
+    unused = used_before - names_used(tree)
+    tree.body = [line for line in tree.body if not (is_import(line) and names_bound_by(line) <= unused)]
+
+
+def is_import(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Import | ast.ImportFrom)
+
+
+def names_used(tree: ast.Module) -> set[str]:
+    return names_in(*(line for line in tree.body if not is_import(line)))
+
+
+def minify(tree: ast.Module) -> str:
+    """Rule 6, and no more blanks than needed."""
     try:
         import python_minifier
     except ImportError:
         raise PackError("packing needs python-minifier: python -m pip install -r requirements-dev.txt") from None
-    fixed, keywords = [], keywords_in(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arguments):
-            everyone = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-            if any(map(is_constexpr, everyone)):
-                fixed += [arg.arg for arg in everyone]  # Triton reads these; it wants builtins by their names, too
-            else:
-                while node.args and node.args[0].arg not in keywords:
-                    node.posonlyargs.append(node.args.pop(0))
-    annotations = python_minifier.RemoveAnnotationsOptions(
-        remove_class_attribute_annotations=False, remove_argument_annotations=False
-    )
-    return python_minifier.minify(
-        ast.unparse(tree), remove_literal_statements=True, remove_annotations=annotations, hoist_literals=False,
-        rename_globals=True, preserve_globals=sorted(public.union(KEPT_GLOBALS)),
-        preserve_locals=[*fixed, *KEPT_LOCALS],
-    )  # fmt: skip
+    nodes = list(ast.walk(tree))
+    kept = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    kept |= names_in(*(node for node in nodes if isinstance(node, ast.FunctionDef) and is_compiled_from_source(node)))
+    text = ast.unparse(ast.fix_missing_locations(tree))
+    short = python_minifier.minify(text, preserve_locals=sorted(kept), **dict.fromkeys(OTHER_CHANGES, False))
+    return short + "\n" if short else ""
 
 
-def pack(modules: dict[str, ast.Module]) -> tuple[bytes, int]:
-    """The script, and the characters in it before compression."""
-    tree = fuse(modules)
-    drop_annotations(tree)
-    keep_reachable(tree)
-    text = minify(tree, {"main"})
-    code = bz2.compress(f"{START}\0{text}".encode())
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_counted(config: train_gpt.Config) -> dict[str, str]:
+    """The source files that a run of this config counts, by path, in the order in which the run hashes them."""
+    paths = find_counted(ROOT, train_gpt.used_modules(config)).values()
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def shorten(sources: Mapping[str, str]) -> dict[str, str]:
+    """What is packed of source files, by their paths."""
+    paths = {module_name(path): path for path in sources}
+    trees = {name: ast.parse(sources[path]) for name, path in paths.items()}
+    lazy = trees.keys() - set(follow_imports(trees.get, []))
+    used_before = {name: names_used(tree) for name, tree in trees.items()}
+    for tree in trees.values():
+        Strip().visit(tree)
+        split_imports(tree)
+    keep_reached(trees.values())
+    for name, tree in trees.items():
+        keep_used_imports(tree, used_before[name])
+        join_imports(tree)
+    return {paths[name]: minify(trees[name]) for name in follow_imports(trees.get, lazy)}
+
+
+def pack(sources: Mapping[str, str]) -> bytes:
+    """The script that holds these source files, which are given by their paths."""
+    parts = [part for pair in shorten(sources).items() for part in pair]
+    entries = {"__main__.py": STUB.encode(), "code": bz2.compress("\0".join([START, *parts]).encode())}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (("__main__.py", STUB.encode()), ("code", code)):
+        for name, content in entries.items():
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system = 3  # or the packing system would show in the bytes
             archive.writestr(entry, content)
-    return buffer.getvalue(), len(text)
+    return buffer.getvalue()
 
 
-def run(args: argparse.Namespace) -> None:
-    if unknown := [name for name in args.lazy if not find_module(name)]:
-        raise PackError(f"--with {unknown[0]}: no module of this repository; write it like loopgolf.moe")
-    content, characters = pack(load_counted(args.lazy))
-    if len(content) > args.code_reserve:
-        over = f"{len(content)} bytes, more than code_reserve={args.code_reserve}"
-        raise DoesNotFit(f"the packed code has {over}; there are {characters} characters in it to shorten")
+def run(args: argparse.Namespace, options: list[str]) -> None:
+    config, _ = train_gpt.parse_config([f"--recipe={args.recipe}", *options], {})
+    reserve = config.code_reserve if args.code_reserve is None else args.code_reserve
+    content = pack(read_counted(config))
+    if len(content) > reserve:
+        what = f"the code of recipe {config.recipe} is packed in {len(content):,} bytes"
+        raise DoesNotFit(f"code_reserve={reserve:,}: {what}; raise --code_reserve, here and for the run")
     write_atomic(args.out, content)
-    print(f"pack path:{args.out} code_bytes:{len(content)} raw_bytes:{characters} reserve:{args.code_reserve} "
-          f"sha256:{hashlib.sha256(content).hexdigest()}")  # fmt: skip
+    digest = hashlib.sha256(content).hexdigest()
+    print(f"pack path:{args.out} recipe:{config.recipe} code_bytes:{len(content)} reserve:{reserve} sha256:{digest}")
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__)
+    parser.add_argument("--recipe", default="4b7l", help="what it shall be able to run [4b7l]")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--code_reserve", type=int, default=train_gpt.Config().code_reserve, help="most bytes [24000]")
-    parser.add_argument("--with", dest="lazy", nargs="+", default=[], metavar="MODULE", help="lazy imports to pack")
-    return run_program(run, parser.parse_args(argv))
+    parser.add_argument("--code_reserve", type=int, help="most bytes [as the recipe says]")
+    return run_program(run, *split_options(parser, argv))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,9 @@ class Unreadable(ValueError):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def counted_sources(moe_experts: int = 0) -> dict[str, str]:
-    """The counted files of this repository, by path, in the order in which a run hashes them."""
-    paths = [path.resolve() for path in train_gpt.counted_files(moe_experts)]
-    return {str(path.relative_to(pack.ROOT)): path.read_text(encoding="utf-8") for path in paths}
+def counted_sources(config: train_gpt.Config) -> dict[str, str]:
+    """The files of this repository that a run of this config counts, by path, in the order in which it hashes them."""
+    return pack.read_counted(config)
 
 
 def hash_sources(sources: dict[str, str]) -> str:
@@ -63,12 +62,11 @@ def split_sources(text: str) -> dict[str, str]:
 @cache
 def pack_sources(joined: str) -> bytes:
     """What tools.pack makes of the files in a readable source."""
-    named = {name.removesuffix(".py").replace("/", "."): text for name, text in split_sources(joined).items()}
-    return pack.pack({name: ast.parse(text) for name, text in sorted(named.items())})[0]
+    return pack.pack(split_sources(joined))
 
 
-def unpack_zip(content: bytes) -> str:
-    """The module inside a packed script of ours."""
+def unpack_modules(content: bytes) -> dict[str, str]:
+    """The modules inside a packed script of ours, by path, in the order in which a run of it hashes them."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
@@ -82,12 +80,17 @@ def unpack_zip(content: bytes) -> str:
         parse_source(main)
         raise Unreadable("a zip application of another packer")
     try:
-        start, _, text = bz2.BZ2Decompressor().decompress(code, MAX_SOURCE_BYTES).decode().partition("\0")
+        start, *parts = bz2.BZ2Decompressor().decompress(code, MAX_SOURCE_BYTES).decode().split("\0")
     except (ValueError, OSError) as error:
         raise ScriptError(f"the code in the zip application does not decompress: {error}") from None
     if start != pack.START:
         raise Unreadable("a zip application with another start script")
-    return text
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def unpack_zip(content: bytes) -> str:
+    """The modules inside a packed script of ours, one below the other."""
+    return "".join(unpack_modules(content).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
