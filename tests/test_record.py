@@ -7,8 +7,9 @@ import math
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Fo
 DESCRIPTION = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb="Four steps.", date="2026-05-01")
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
 NAME = "2026-05-01_Tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parse_once() -> Iterator[None]:
+    """Most folders here hold the same script; to parse it takes as long as all other rules together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_rules, "parse_source", cache(folder_rules.parse_source))
+        yield
 
 
 @pytest.fixture(scope="module")
