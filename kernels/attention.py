@@ -23,12 +23,12 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | No
     (B, T, H, K), (L, J) = q.shape, k.shape[1:3]
     past = L - T
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None
+    mask: Tensor | None = None
     if past or window < L or docs is not None:
         lag = torch.arange(past, L, device=q.device)[:, None] - torch.arange(L, device=q.device)
         mask = (lag >= 0) & (lag < window)
         k, v = (t.repeat_interleave(H // J, 1) for t in (k, v))  # few of the kernels that take a mask share heads
-    if docs is not None:
+    if docs is not None and mask is not None:
         mask = mask & (docs[:, None, past:, None] == docs[:, None, None])
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
     return y.transpose(1, 2).reshape(B, T, H * K)

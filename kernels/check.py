@@ -67,12 +67,16 @@ def round_with(function: Callable) -> Callable[..., Tensor]:
     return rounded
 
 
+def head_with(function: Callable) -> Callable[..., Tensor]:
+    return lambda x, weight, targets: function(x, weight, targets, 30.0)
+
+
 def build_cases() -> list[Case]:
     def advance_with(advance):
         return lambda batch: newton_schulz.orthogonalize_ref(batch, batch.dtype, advance)
 
     cases = [
-        Case("head", lambda *t: head.head_loss_triton(*t, 30.0), lambda *t: head.head_loss_ref(*t, 30.0),
+        Case("head", head_with(head.head_loss_triton), head_with(head.head_loss_ref),
              ((65536, 1024, 1024), (1001, 136, 1003)), draw_head, True),
         # eight matrices to a batch, as on one GPU; the odd ones are tall, and many enough for the large tiles
         Case("newton_schulz", advance_with(newton_schulz.advance_triton), advance_with(newton_schulz.advance_ref),

@@ -7,6 +7,8 @@ needed again: the slope of h = relu(u)^2 is 2 relu(u) = 2 sqrt(h), and h is kept
 backward pass multiplies by it where the gradient of h leaves its registers. The other products are cuBLAS's.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,8 @@ def mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def has_room(device: torch.device) -> bool:
     """Whether the tiles fit: Hopper and the large Blackwells have 227 KiB of shared memory, others 99 or 163."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >= 227 << 10
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:

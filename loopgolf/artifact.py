@@ -96,8 +96,8 @@ def pack_artifact(
         codec, packed = compress(content, tensors if dtype == torch.int8 else [])
         streams.append(Stream(codec, len(packed), len(content)))
         payload += packed
-    content = dict(config=stored, tokenizer=tokenizer, streams=[vars(stream) for stream in streams])
-    header = json.dumps(content, separators=(",", ":")).encode()
+    fields = dict(config=stored, tokenizer=tokenizer, streams=[vars(stream) for stream in streams])
+    header = json.dumps(fields, separators=(",", ":")).encode()
     body = MAGIC + struct.pack("<II", VERSION, len(header)) + header + payload
     return body + hashlib.sha256(body).digest()
 
@@ -136,9 +136,7 @@ def unpack_artifact(content: bytes, describe: Describe) -> Artifact:
     header = content[PREFIX_BYTES : PREFIX_BYTES + header_bytes]
     payload = content[PREFIX_BYTES + header_bytes : -DIGEST_BYTES]
     if version == 2:
-        from loopgolf.artifact_v2 import read_v2  # imported for old files only
-
-        stored, tokenizer, layout, streams, raw = read_v2(header, payload, describe)
+        stored, tokenizer, layout, streams, raw = import_v2()(header, payload, describe)
     else:
         stored, tokenizer, streams = read_header(header)
         layout = describe(stored)
@@ -146,6 +144,15 @@ def unpack_artifact(content: bytes, describe: Describe) -> Artifact:
     tensors = dequantize_all(layout, raw)
     digest = hashlib.sha256(content).hexdigest()
     return Artifact(version, stored, tokenizer, layout, streams, raw, tensors, len(content), digest)
+
+
+def import_v2() -> Any:
+    """The reader of old files, which packed scripts leave out."""
+    try:
+        from loopgolf.artifact_v2 import read_v2
+    except ModuleNotFoundError:
+        raise ArtifactError("it has version 2, which packed scripts do not read; use the repository's script") from None
+    return read_v2
 
 
 def read_header(header: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Stream]]:
@@ -171,7 +178,7 @@ def read_streams(
     are_sized = [stream.raw_bytes for stream in streams] == needed and sum(needed) <= MAX_RAW_BYTES
     is_filled = sum(stream.bytes for stream in streams) == len(payload)
     require(are_sized and is_filled, "its streams do not fit its config and its size")
-    raw = {}
+    raw: dict[str, Tensor] = {}
     start = 0
     for stream, table in zip(streams, tables):
         packed = payload[start : start + stream.bytes]

@@ -182,7 +182,9 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
         price = len(compress_side(side)) + float((sums * prices).sum()) / 2048
         if best is None or price < best[0]:
             best = price, side, kept, F.pad(roots, (low, 255 - high))
-    return best[1:]
+    assert best is not None
+    _, side, labels, roots = best
+    return side, labels, roots
 
 
 def compress_side(side: bytes) -> bytes:

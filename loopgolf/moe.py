@@ -99,7 +99,7 @@ def dispatch(h: Tensor, chosen: Tensor, share: Tensor, up: Tensor, down: Tensor)
     order = chosen.flatten().argsort(stable=True)
     ends = count_tokens(chosen, len(up)).cumsum(0).int()  # row behind the last one of each expert
     rows = h[:, None].expand(N, top, D).reshape(N * top, D).index_select(0, order)
-    y = grouped_mm(swiglu(grouped_mm(rows, up.mT, ends)), down.mT, ends)
+    y: Tensor = grouped_mm(swiglu(grouped_mm(rows, up.mT, ends)), down.mT, ends)
     y = y.index_select(0, order.argsort()).view(N, top, D)
     return (y * share.to(y.dtype)[..., None]).sum(1)
 

@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from loopgolf.errors import ConfigError
 
@@ -119,6 +119,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         words = list(sys.argv[1:] if args is None else args)

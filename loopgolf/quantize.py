@@ -83,7 +83,7 @@ class RowGrid:
 
     @property
     def largest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         return [StoredTensor("", shape, torch.int8), StoredTensor(".step", shape[:1], torch.float16)]

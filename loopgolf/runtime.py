@@ -119,7 +119,8 @@ class RunContext:
 
     def mean_loss(self, loss: Tensor) -> float:
         """Over all ranks. The device is waited for here, once a step."""
-        return sum(torch.stack(self.gather(loss.double())).tolist()) / self.world  # sync
+        losses: list[float] = torch.stack(self.gather(loss.double())).tolist()  # sync
+        return sum(losses) / self.world
 
 
 class Clock:
@@ -176,7 +177,7 @@ def run_program(program: Callable[..., int | None], *given: Any) -> int:
         sys.stdout.flush()  # or what cannot be printed would show when nobody catches it any more
         return code
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # whoever read it has seen enough; nothing is left to flush
+        sys.stdout = None  # whoever read it has seen enough; nothing is left to flush
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -110,7 +110,7 @@ class TrainState:
         """Sums the gradient over ranks, scales it by `share`, clips its norm (0: no clipping) and returns the norm. A
         gradient that is not finite becomes zero, so that a run which stops at such a norm has weights that are good."""
         grad = sum_over_ranks(self.master.flat_grad).mul_(share)
-        norm = grad.norm()
+        norm: Tensor = grad.norm()
         factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
         grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
         return norm

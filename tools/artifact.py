@@ -47,7 +47,9 @@ def describe(path: Path) -> tuple[list[Row], Artifact]:
         stored = {tensor: artifact.raw[tensor] for tensor in artifact.layout[name].stored(name)}
         n_bytes = sum(entropy_bytes(tensor) for tensor in stored.values())
         entropy = 8 * entropy_bytes(artifact.raw[name]) / max(1, artifact.raw[name].numel())
-        k = measure_k(artifact.tensors[name], artifact.raw[f"{name}.step"], format) if len(stored) > 1 else 0.0
+        k = 0.0
+        if isinstance(format, RowGrid):
+            k = measure_k(artifact.tensors[name], artifact.raw[f"{name}.step"], format)
         rows.append(Row(name, "x".join(map(str, shape)), format.bits, k, entropy, n_bytes))
     return sorted(rows, key=lambda row: -row.bytes), artifact
 

@@ -2,6 +2,7 @@
 
     python -m tools.bench [--steps 8] [--modes plain,banded] [--json] [-- options of train_gpt.py]
     python -m tools.bench -- --recipe pocket --batch_tokens 8192
+    python -m tools.bench --profile -- --recipe pocket
     python -m tools.bench --against '--num_heads 8 --head_dim 32 --rope_dims 32' -- --recipe pocket
 
 A step is split into data, forward, backward, communication and optimizer, with the device idle at every cut, so the
@@ -122,6 +123,18 @@ class Positions:
         self.count += len(positions)
 
 
+def profile(case: Case, steps: int) -> str:
+    """Where the time of training steps goes: the operations that take most of it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if case.ctx.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(steps):
+            case.step()
+    order = "self_cuda_time_total" if case.ctx.device.type == "cuda" else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+
+
 def measure_peak(ctx: RunContext) -> float:
     """Operations per second of the best large matrix product in the compute dtype."""
     best = 0.0
@@ -155,6 +168,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--modes {min(wrong)}: choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         case = Case(args.options, Path(folder))
+        if args.profile:
+            print(profile(case, args.steps))
+            return
         found: dict = {}
         if args.against is not None:
             other = Case(args.options + args.against, Path(folder))
@@ -182,6 +198,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--against", type=shlex.split, metavar="OPTIONS", help="a second one: changes to the first")
     parser.add_argument("--modes", default="", help=f"also score: {','.join(train_gpt.SCORERS)}")
     parser.add_argument("--score_tokens", type=int, default=16384, help="tokens to score in each mode [16384]")
+    parser.add_argument("--profile", action="store_true", help="the operations that take the time of so many steps")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("options", nargs="*", help="options of train_gpt.py, after --")
     return run_program(run, parser.parse_args(argv))

@@ -93,17 +93,16 @@ class Study:
     def score(self, r: int, tau: float | None = None) -> tuple[Point, Score]:
         config, ctx, early = self.config_at(r), self.ctx, None if tau is None else EarlyExit(tau)
         model = train_gpt.load_eval_model(self.artifact, config, ctx)
-        scorer, meter = train_gpt.build_scorer(self.mode, model, config, ctx), BpbMeter(self.val.counter)
+        scorer = train_gpt.build_scorer(self.mode, model, config, ctx)
         scorer.warm_up()  # the first forward of a process pays for what is not the model's
-        if early:
-            meter = ExitMeter(self.val.counter, early, config.seq_len)
-            scorer.on_pass = early
+        meter = BpbMeter(self.val.counter) if early is None else ExitMeter(self.val.counter, early, config.seq_len)
+        scorer.on_pass = early
         ctx.sync()
         started = time.perf_counter()
         score_tokens(scorer, self.val.tokens, meter, f"r={r}" if tau is None else f"exit {tau:g}")
         ctx.sync()
         seconds, found = time.perf_counter() - started, meter.total(ctx)
-        depth = meter.depths / found.tokens if early else float(r)
+        depth = meter.depths / found.tokens if isinstance(meter, ExitMeter) else float(r)
         flops = train_gpt.compute_flops(config, depth) // 3  # a third of training is the forward
         return Point(r, tau, depth, found.bpb, None if early else seconds, flops), found
 
@@ -152,7 +151,7 @@ def draw(report: Report, out: Path) -> None:
     left.margins(y=0.12)
     left.set_xlabel("mean repetitions per token (log scale)")
     left.set_ylabel("bits per byte of validation text")
-    times = [1e6 * p.seconds / report.tokens for p in fixed]
+    times = [1e6 * p.seconds / report.tokens for p in fixed if p.seconds is not None]
     right.plot(depths, times, color=COLORS[2], marker="o", linewidth=2)
     right.set_xlim(left=0)
     right.set_ylim(0, 1.08 * max(times))

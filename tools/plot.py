@@ -13,7 +13,8 @@ import argparse
 import io
 import json
 import sys
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def save_picture(figure, out: Path, dpi: int = 120) -> None:
     write_atomic(out, content.getvalue())
 
 
-def name_points(axes, points: list, names: list[str], others: list = (), is_beside: bool = True, **style) -> None:
+def name_points(axes, points: list, names: list[str], others: Sequence = (), is_beside: bool = True, **style) -> None:
     """Each name where it covers neither a name nor a point of either list: rather beside its point than above or below,
     or the other way round. For when all else is drawn."""
     from matplotlib.patheffects import withStroke
@@ -77,7 +78,7 @@ def name_points(axes, points: list, names: list[str], others: list = (), is_besi
     centers = axes.transData.transform([*points, *others])
     taken = [frame.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in centers]
     for point, name in zip(points, names):
-        found = []
+        found: list = []
         for dx, dy in sides:
             ha, va = "left" if dx > 0 else "right", "bottom" if dy > 0 else "top"
             label = axes.annotate(name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center",
@@ -121,7 +122,7 @@ def load_run(folder: Path, color: str) -> Run:
 def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
     """Bytes of the file by part: a stream's bytes are shared out by the entropy of what lies in it."""
     specs = collect_specs(model)
-    weights: list[Counter[str]] = [Counter() for _ in STREAMS]
+    weights: list[dict[str, float]] = [defaultdict(float) for _ in STREAMS]
     for name, described in artifact.layout.items():
         for stored_name, tensor in described.stored(name).items():
             values = artifact.raw[stored_name]
@@ -129,12 +130,12 @@ def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int)
                 weights[0][PARTS[specs[name].role]] += compute_entropy(values) * values.numel()
             else:
                 weights[1][PARTS["vector"]] += values.numel()
-    found: Counter[str] = Counter(code=code_bytes)
+    found: dict[str, float] = defaultdict(float, code=code_bytes)
     for stream, parts in zip(artifact.streams, weights):
         for part, weight in parts.items():
             found[part] += stream.bytes * weight / sum(parts.values())
     found["header"] = artifact.size + code_bytes - sum(found.values())
-    return dict(found.most_common())
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 @torch.no_grad()

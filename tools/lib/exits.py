@@ -23,7 +23,8 @@ class EarlyExit:
         self.tau = tau
         self.state: Tensor | None = None
         self.depths = torch.zeros(0)  # repetitions of each position in the latest forward
-        self.repetitions = self.positions = 0
+        self.repetitions = 0
+        self.positions = 0
 
     def __call__(self, p: Pass, x: Tensor) -> Tensor:
         if p.repetitions_left is None or not p.ends:
@@ -39,7 +40,8 @@ class EarlyExit:
             self.is_open &= change >= self.tau
         self.state = x if p.repetitions_left else None
         if not p.repetitions_left:
-            self.repetitions, self.positions = self.repetitions + self.depths.sum(), self.positions + x[..., 0].numel()
+            self.repetitions += int(self.depths.sum())
+            self.positions += x[..., 0].numel()
         return x
 
     @property
