@@ -258,11 +258,8 @@ class WindowScorer:
 
     def estimate_seconds(self, n_tokens: int) -> float:
         """How long a pass over so many tokens takes, from a batch of made-up ones."""
-        windows = self.rows
-        if self.model.is_compiled:
-            self.score_made_up(windows)
-        else:
-            windows = min(windows, 4)  # without compilation the time goes with the windows
+        windows = self.rows if self.model.is_compiled else min(self.rows, 8)  # compiled, all rows cost the same
+        self.score_made_up(windows)  # the first forward pays for what later ones find done
         seconds = self.score_made_up(windows)
         return seconds / windows * n_tokens / self.stride / self.ctx.world
 

@@ -186,7 +186,8 @@ class Auditor:
         self.verdicts = {rule: Verdict(rule) for rule in RULES}
         self.choice, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         scorer = build()
-        self.config: Any = scorer.config  # a train_gpt.Config: the audit asks for more than scoring does
+        config: Any = scorer.config  # a train_gpt.Config: the audit asks for more than scoring does
+        self.config = config
         self.is_per_document = scorer.is_per_document
         self.length, self.stride = scorer.length, scorer.stride
         self.artifact = fingerprint(scorer)
