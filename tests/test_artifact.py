@@ -13,7 +13,7 @@ import struct
 import pytest
 import torch
 import zstandard
-from helpers import pack_weights, plan_formats, tiny_config, tiny_model
+from helpers import SMALL, pack_weights, plan_formats, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ from loopgolf.runtime import write_atomic
 from train_gpt import LoopedGPT, describe_stored, load_artifact
 
 TOKENIZER = dict(sha256="0" * 64, vocab=384)
-CONFIG = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, plan="a(^b)*2")
+CONFIG = tiny_config(**SMALL, core_k=8.0, edge_k=8.0, k_scale=1.0, plan="a(^b)*2")
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,7 @@ def damage_streams(header: dict, streams: list[bytes], draw: random.Random) -> t
     return header, streams
 
 
+@pytest.mark.slow
 def test_damage_is_an_error_or_loads_within_bounds(contents):
     draw, counts = random.Random(20), Counter()
     parts = [split(content) for content in contents]

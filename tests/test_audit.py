@@ -74,6 +74,7 @@ HONEST = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_scorer_passes_every_rule(name, judge):
     mode, changes = HONEST[name]
@@ -293,6 +294,7 @@ UNFAIR = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", UNFAIR)
 def test_updates_before_the_score_are_caught(scorer, judge):
     others, what = UNFAIR[scorer]
@@ -432,6 +434,7 @@ def test_the_report_of_a_sound_artifact(artifact, dataset, capsys):
         assert line.split()[:3] == [rule["rule"], "holds", f"{rule['probes']:,}"] and line.endswith(rule["what"])
 
 
+@pytest.mark.slow
 def test_the_report_of_a_cheater_names_what_was_found(artifact, dataset, capsys, monkeypatch):
     monkeypatch.setattr(train_gpt, "ByteCounter", CountsEverySpace)
     out = artifact.parent / "elsewhere.json"

@@ -176,6 +176,7 @@ def go_round(capsys, artifact: Path, folder: Path, content: bytes, *extra: str) 
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_comes_back_in_every_mode(mode, artifact, documents, tmp_path, capsys):
     content = "\n".join(documents)[:400].encode()
@@ -190,6 +191,7 @@ ODD = {"empty": b"", "blank": b" ", "random": bytes(np.random.default_rng(0).int
        "emoji": "👩‍👩‍👧 🇩🇪 ▁ é".encode(), "marks": b"<s></s><unk> <0x41>\0"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("mode", ["plain", "sgd", "lora"])
 def test_odd_files_come_back(name, mode, artifact, tmp_path, capsys):
@@ -204,6 +206,7 @@ class Recorder:
         self.rows |= zip(positions.tolist(), log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_coder_uses_the_probabilities_of_the_score(mode, predictor, documents):
     """One token at a time, and ignorant of what comes, it gets what score_tokens gets from whole windows."""
@@ -287,6 +290,7 @@ def test_headers_that_make_no_sense_are_refused(change, artifact, coded, tmp_pat
     assert refuse(capsys, artifact, tmp_path / "x", tmp_path)[0] == 4
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_the_promised_ones_are_not_written(artifact, coded, tmp_path, capsys):
     header, payload = codec.unpack_file(coded.read_bytes())
     wrong = bytes([*payload[:-2], payload[-2] ^ 8, payload[-1]])

@@ -101,6 +101,7 @@ def test_what_cannot_be_encoded_is_refused(wrong: Tensor) -> None:
         encode_matrices([wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "matrices",
     [

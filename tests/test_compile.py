@@ -25,6 +25,7 @@ def compute_gradients(model: LoopedGPT, tokens: torch.Tensor) -> dict[str, torch
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(find_compiler_fault(torch.device("cpu"))), reason="torch.compile does not work here")
 def test_compiled_gradients_are_those_of_the_model_and_repeat(two_threads):
     config = tiny_config(plan="aba", seq_len=256, batch_tokens=4096, model_dim=64, ve_passes="last1")

@@ -155,6 +155,7 @@ def count_params(folder: Path) -> int:
     return int(events((folder / "log.txt").read_text(), "model")[0]["params"])
 
 
+@pytest.mark.slow
 def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
     monkeypatch.chdir(swept)
     folders = sorted((swept / "runs").iterdir())

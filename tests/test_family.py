@@ -61,6 +61,7 @@ LION = dict(matrix_lr=0.003, table_lr=0.003, vector_lr=0.003)
 RATES = {"recursive_d20": dict(table_lr=0.02), "looped_s20": dict(table_lr=0.02), "osrt_v3": LION, "osrt_v4": LION}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -204,6 +205,7 @@ def mean_by_quadrature(config, most: int) -> float:
     return total / weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth, max_r", [(4, 16), (2, 3), (1, 8), (3, 0)])
 def test_the_mean_depth_is_that_of_the_distribution(depth, max_r):
     """max_r is at least depth, so 0 cuts there."""
@@ -461,6 +463,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(norm_weights=True, block_norm="sandwich", windows="LS", adapter_rank=2, plan="ab(^cd~~)*re"),
     dict(plan="ab(cd)*re", pass_scales=False, **BARE),
@@ -479,6 +482,7 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     assert graphs() == warm > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(plan="ab(^cd~~)*re", norm_weights=True, block_norm="sandwich", windows="LS", bptt=1, tied=False),
     dict(plan="(ab~)*3", adapter_rank=2, norm_weights=True, embed_norm=False, mlp="swiglu", pass_scales=False, q_gain=0.0),

@@ -39,6 +39,7 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the process
 outside = pytest.mark.skipif(IS_INTERPRETED, reason="runs outside the interpreter")
 
 
+@pytest.mark.slow
 @needs_triton
 @outside
 def test_the_kernels_compute_what_pytorch_computes_in_the_interpreter():
@@ -197,6 +198,7 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
         assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)).to(dtype))
 
 
+@pytest.mark.slow
 @outside
 def test_without_triton_and_on_a_cpu_the_plain_forms_serve():
     assert_plain_forms_serve()
@@ -263,6 +265,7 @@ def compile_for_hopper(function, types: list, warps: int):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=3))
 
 
+@pytest.mark.slow
 @needs_triton
 @outside
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -255,6 +255,7 @@ def test_a_token_is_charged_for_the_experts_it_uses():
     assert flops[0] - flops[1] == 4 * 6 * ((1 + 2) * 3 * D * H + 2 * D * E)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plain", "lora", "sgd"])
 def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, monkeypatch, capsys):
     """With a byte limit that binds, so that weights are rounded with feedback: routed experts, whose inputs are not

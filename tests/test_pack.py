@@ -74,6 +74,7 @@ def end(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+@pytest.mark.slow
 def test_every_recipe_fits_its_reserve(scripts):
     assert all(path.stat().st_size <= RESERVE for path in scripts.values())
 
@@ -82,6 +83,7 @@ def result_of(folder: Path) -> dict:
     return json.loads((folder / "runs/r/result.json").read_text())["result"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     """In an empty folder, where nothing of the repository is found; and it leaves nothing of itself behind."""

@@ -150,6 +150,7 @@ def test_a_hopeless_limit_is_refused():
     assert plan_formats(config, LoopedGPT(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k_scale", [0.4, 0.8, 1.5])
 def test_the_forecast_is_the_size_of_an_artifact_of_gaussian_weights(k_scale):
     shape = dict(model_dim=256, num_heads=4, bigram_buckets=1024, bigram_dim=64, ve_dim=64)
@@ -185,6 +186,7 @@ def test_feedback_with_unrelated_inputs_is_plain_rounding():
     assert torch.equal(grid.quantize(weight, 3 * torch.eye(64))[0], grid.quantize(weight)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, dict(plan="a(^b~)*2c", core_bits=5, edge_bits=5, table_bits=7)])
 def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, changes):

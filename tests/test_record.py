@@ -156,6 +156,7 @@ def test_the_command_in_the_readme_repeats_the_config(folders, runs):
     assert {name for name in had if had[name] != has[name]} == {"log_every", "checkpoint_every_s"}
 
 
+@pytest.mark.slow
 def test_a_track_is_a_row_of_the_table(dataset, tmp_path, monkeypatch, capsys):
     """Another byte limit, code that does not count, a number of tokens that the track sets."""
     row = replace(TRACKS["track_pocket"], byte_limit=20_000, counts_code=False, train_tokens=512, seeds=2)
@@ -357,6 +358,7 @@ def plant(fault: tuple[Any, ...], folder: Path) -> None:
     act(folder, *given, **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("track", "faults"), [("track_10min_16mb", FAULTS), ("track_pocket", POCKET_FAULTS)])
 def test_planted_faults_are_found_by_their_rules(track, faults, folders, tmp_path):
     wrong = []

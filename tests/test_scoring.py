@@ -129,6 +129,7 @@ def test_a_compiled_pass_has_no_more_rows_than_a_rank_can_fill(mode, world, toke
     assert scorer.rows == min(config.score_batch, share) if mode == "sgd" else scorer.rows == config.score_batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_what_an_artifact_stores_is_all_that_scoring_needs(mode, tokens, counter):
     """Rows of a batch share products, so even how many there are is a part of the score."""
@@ -149,6 +150,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, changes, rule", CASES)
 @pytest.mark.parametrize("length", [33, 97, 333])
 def test_scores_are_those_of_one_forward_per_token(mode, changes, rule, length, tokens, counter):
@@ -329,6 +331,7 @@ def record(kind: str, tokens: torch.Tensor, deadline: float = math.inf, **change
     return meter.rows, story, scorer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at", [3, 100, 129, 200, 300])
 def test_later_tokens_cannot_change_earlier_scores(kind, at, tokens):
