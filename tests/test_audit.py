@@ -321,6 +321,7 @@ class KeepsAdapters(LoraScorer):
             super().reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", [SharesAdapters, KeepsAdapters])
 def test_adapters_that_see_other_documents_are_caught(scorer, judge):
     verdicts = judge("lora", cheat(scorer))
@@ -422,6 +423,7 @@ def artifact(tmp_path, dataset, packed):
     return tmp_path / "artifact.lg"
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sound_artifact(artifact, dataset, capsys):
     assert main([str(artifact.parent), "--data_path", str(dataset), "--probes", "6"]) == 0
     shown = capsys.readouterr()
@@ -450,6 +452,7 @@ def test_the_report_of_a_cheater_names_what_was_found(artifact, dataset, capsys,
     assert lines[-1] == "verdict violated" and any("counted" in line and "actual" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_in_one_line(artifact, dataset, tmp_path, capsys):
     data = ["--data_path", str(dataset)]
     damaged, folder = tmp_path / "damaged.lg", tmp_path / "empty"

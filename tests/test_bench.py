@@ -20,6 +20,7 @@ def run(capsys, *args: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_parts_make_the_step_and_the_floor_is_its_arithmetic(capsys):
     step = run(capsys, "--steps", "3")["step"]
     parts = [step[f"{part}_ms"] for part in bench.PARTS]
@@ -59,6 +60,7 @@ def test_the_ratio_is_that_of_times_per_token():
     assert order == list("ababab")
 
 
+@pytest.mark.slow
 def test_two_configurations_take_turns(capsys):
     found = run(capsys, "--steps", "3", "--against", "--batch_tokens 128 --model_dim 16")
     assert found["against"]["rounds"] == 3
@@ -66,6 +68,7 @@ def test_two_configurations_take_turns(capsys):
     assert found["other"]["batch_tokens"] == 128 and found["other"]["params"] < found["step"]["params"]
 
 
+@pytest.mark.slow
 def test_scoring_counts_what_it_forwards(capsys):
     modes = "plain,sliding,banded,lora"
     rows = run(capsys, "--steps", "1", "--modes", modes, "--score_tokens", "257")["score"]

@@ -86,6 +86,7 @@ def test_only_scored_positions_count(report, artifact, dataset):
     assert by_exit(report)[0.9].mean_depth == pytest.approx(total / (TOKENS - 1))
 
 
+@pytest.mark.slow
 def test_json_table_and_picture(artifact, dataset, tmp_path, capsys):
     out = tmp_path / "d.png"
     assert depth.main(score(artifact, dataset, "--depths", "1", "6", "--exit", "0.5", "--json", f"--out={out}")) == 0
@@ -182,6 +183,7 @@ def test_the_second_time_nothing_is_trained(swept, options, monkeypatch, capfd):
     assert found["plans"][1]["flops_per_token"] > found["plans"][0]["flops_per_token"]
 
 
+@pytest.mark.slow
 def test_names_do_not_cover_each_other(swept):
     """Four points as close as can be: names take different sides."""
     axes = sweep.import_pyplot().subplots()[1]

@@ -14,6 +14,8 @@ from helpers import ROOT, clean_environment, events, parse_log, run_cli, tiny_op
 
 from train_gpt import load_artifact
 
+pytestmark = pytest.mark.slow  # processes, ranks, whole runs
+
 # 395 targets: 13 plain windows, 47 sliding and 3 banded ones, so that the ranks never have equal work
 RUN = dict(
     seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,banded,sgd,lora", score_tokens=396, average="swa",
@@ -32,7 +34,6 @@ def runs(dataset, tmp_path_factory) -> dict[int, tuple[Path, str]]:
     return found
 
 
-@pytest.mark.slow
 def test_losses_are_the_same(runs):
     losses = {n: [float(pairs["train_loss"]) for pairs in events(text, "train")] for n, (_, text) in runs.items()}
     assert len(losses[1]) == 6 and losses[2] == pytest.approx(losses[1], abs=1e-3)
@@ -56,7 +57,6 @@ def test_only_the_first_rank_speaks_and_writes(runs):
     assert events(runs[2][1], "hardware")[0]["world"] == "2"
 
 
-@pytest.mark.slow
 def test_two_ranks_score_a_file_as_one_does(runs, dataset, tmp_path):
     """The same artifact, so that nothing but the sum over ranks can differ."""
     path = runs[1][0] / "artifact.lg"
@@ -71,7 +71,6 @@ def test_two_ranks_score_a_file_as_one_does(runs, dataset, tmp_path):
     assert all(pairs["tokens"] == "395" for pairs in events(done.stdout, "score"))
 
 
-@pytest.mark.slow
 def test_two_machines_meet_at_one_rendezvous(dataset, tmp_path, runs):
     """What the Slurm script of the README starts, with both nodes on this machine: one run, one log, the same losses."""
     with socket.socket() as free:
@@ -92,7 +91,6 @@ def test_two_machines_meet_at_one_rendezvous(dataset, tmp_path, runs):
     assert events(text, "hardware")[0]["world"] == "2" and losses == pytest.approx(single, abs=1e-3)
 
 
-@pytest.mark.slow
 def test_a_batch_that_does_not_split_is_one_line_and_no_file(dataset, tmp_path):
     done = run_cli(tiny_options(dataset, batch_tokens=96), tmp_path, ranks=2)
     assert done.returncode != 0 and list(tmp_path.iterdir()) == []
@@ -120,7 +118,6 @@ os.write(2, f"threads:{code},{counts[0] - counts[1]}\\n".encode())
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
 def test_no_thread_of_the_process_group_outlives_it(dataset, tmp_path):
     """One that still frees a tensor when Python ends aborts a finished run: gloo has a loop and two workers."""

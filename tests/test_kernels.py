@@ -288,6 +288,7 @@ def without_places(ttir: str) -> list[str]:
     return re.sub(r"%\w+", "%", body).split()
 
 
+@pytest.mark.slow
 @outside
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_the_check_asks_for_a_gpu_in_one_line():

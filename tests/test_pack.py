@@ -106,6 +106,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     assert f"code_sha256:{script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
     """From the repository as from a readable source, whatever order the sets of a process have."""
     command = [sys.executable, "-m", "tools.pack", "--recipe=pocket", f"--code-reserve={RESERVE}"]
@@ -114,6 +115,7 @@ def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
     assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
 
 
+@pytest.mark.slow
 def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
     mixed = scripts[used_modules("osrt_v4")]
     inside, others = (set(script.unpack_modules(path.read_bytes())) for path in (mixed, packed))
@@ -124,6 +126,7 @@ def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
     assert (tmp_path / "p.py").read_bytes() == mixed.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_not_packed_is_one_line(scripts, packed, tmp_path, capsys):
     arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
     mixed, without = start(scripts[used_modules("osrt_v4")], arguments, tmp_path), start(packed, arguments, tmp_path)

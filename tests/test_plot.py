@@ -71,6 +71,7 @@ def test_panels_show_the_numbers_of_the_log(folder):
     pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_one_run_gets_its_report_and_several_a_picture(folder, tmp_path, capsys):
     assert plot.main([str(folder)]) == 0 and (folder / "report.png").stat().st_size > 20_000
     assert plot.main([str(folder), str(folder), "--out", str(tmp_path / "two.png")]) == 0

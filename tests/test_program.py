@@ -48,6 +48,7 @@ def test_a_bug_is_not_swallowed(error):
         run_program(fail_with(error("a bug")))
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_traceback():
     """So little is printed that the pipe breaks only when it is flushed."""
     command = "import sys; from loopgolf.runtime import run_program; sys.exit(run_program(lambda: print(input())))"

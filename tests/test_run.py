@@ -35,6 +35,8 @@ from loopgolf.errors import ConfigError
 from loopgolf.runtime import format_value
 from train_gpt import check_split, load_artifact, main
 
+pytestmark = pytest.mark.slow  # processes, ranks, whole runs
+
 RUN = dict(seed=7, run_id="r", iterations=24, score_mode="sliding", also="trained,averaged,plain", byte_limit=400_000)
 
 
@@ -57,7 +59,6 @@ def finished(dataset, tmp_path_factory) -> tuple[Path, subprocess.CompletedProce
     return cwd / "runs" / "r", done
 
 
-@pytest.mark.slow
 def test_a_run_leaves_its_folder(finished, dataset):
     folder, done = finished
     names = ["artifact.lg", "checkpoint.pt", "config.json", "log.txt", "result.json", "tokenizer.model"]
@@ -121,7 +122,6 @@ def test_the_score_comes_from_the_file_alone(finished, dataset, tmp_path, monkey
     assert files(tmp_path) == ["moved.lg"]
 
 
-@pytest.mark.slow
 def test_the_seed_decides_the_artifact(finished, dataset, tmp_path, monkeypatch):
     folder, _ = finished
     ours = load_artifact(folder / "artifact.lg").sha256
@@ -162,7 +162,6 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tmp_path, monkeypatch):
     *place, step = MOMENTS[moment]
@@ -177,7 +176,6 @@ def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tm
     assert (result["steps"], result["artifact_sha256"]) == (24, ours.sha256)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_saves_and_exits(number, finished, dataset, tmp_path, monkeypatch):
     done = run_struck(dataset, tmp_path, number, "train_gpt", "load_batch", 6)
@@ -255,7 +253,6 @@ def test_bad_input(case, dataset, tmp_path, monkeypatch, capfd):
     assert files(tmp_path) == before and not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
-@pytest.mark.slow
 def test_bad_input_ends_the_process_with_its_code(tmp_path):
     done = run_cli(["--sede", "1"], tmp_path)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and "--seed" in done.stderr
@@ -271,7 +268,6 @@ def test_a_world_that_cannot_split_the_batch():
                 check_split(tiny_config(), tiny_context(0, world))
 
 
-@pytest.mark.slow
 def test_a_run_id_is_used_once(finished, dataset, monkeypatch, capsys):
     folder, _ = finished
     before = {name: (folder / name).read_bytes() for name in files(folder)}
@@ -307,7 +303,6 @@ def test_a_hopeless_byte_limit_exits_3(flags, dataset, tmp_path, monkeypatch, ca
     assert "byte_limit=6,000" in line and files(tmp_path) == []
 
 
-@pytest.mark.slow
 def test_a_file_over_the_limit_is_refused_and_the_checkpoint_kept(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "forecast_bytes", lambda *_: 10)
     assert call(tiny_options(dataset, run_id="r", byte_limit=9000), tmp_path, monkeypatch) == 3
@@ -347,7 +342,6 @@ def test_an_artifact_of_another_tokenizer_is_refused(finished, dataset, document
     assert "tokenizer" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint.pt", "artifact.lg"])
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(name, dataset, tmp_path, monkeypatch, capsys):
     real, seen = os.replace, []
@@ -405,7 +399,6 @@ assert "train_gpt" in sys.modules and "data.tokenizer" not in sys.modules
 """
 
 
-@pytest.mark.slow
 def test_importing_does_nothing(tmp_path):
     hostile = clean_environment(RANK="3", WORLD_SIZE="8", SEED="x", RECIPE="none", MODEL_DIM="-1")
     command = [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{IMPORT}", "--unknown", "--seed=x"]
@@ -419,7 +412,6 @@ def test_help_explains_itself(tmp_path, monkeypatch, capsys):
     assert "--plan" in out and "--byte_limit" in out and "pocket" in out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.8, 0.6])
 def test_the_artifact_ends_just_below_a_limit_that_binds(share, dataset, tmp_path, monkeypatch):
     """Through a run, and again from its checkpoint through tools.artifact."""
