@@ -27,7 +27,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ class Architecture:
 
     plan: str = option("abcdabc", "order in which the physical blocks are applied")
     depth: int = option(4, "repetitions of the group marked *r in the plan; their mean when sampled", low=1, high=256)
-    max_r: int = option(0, "most repetitions that are sampled and have rows in the per-pass tables", high=256)
+    max_r: int = option(0, "most repetitions that are sampled and have rows in the tables, if above depth", high=256)
     bptt: int = option(0, "gradients flow through this many last repetitions of the *r group (0 = all)")
     score_depth: int = option(0, "repetitions while scoring (0 = depth)", high=256)
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
@@ -244,7 +244,7 @@ class Config(Run, Size, Training, Stored):
         if self.moe_experts:
             self.require("model_dim", self.model_dim % 8 == 0, "must be divisible by 8")
             self.require("moe_top", self.moe_top <= self.moe_experts, f"must be at most moe_experts={self.moe_experts}")
-        self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
+            self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
         has_whole_sequences = self.batch_tokens % self.seq_len == 0
         self.require("batch_tokens", has_whole_sequences, f"must be divisible by seq_len={self.seq_len}")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
@@ -259,13 +259,15 @@ class Config(Run, Size, Training, Stored):
         plan = parse_plan(self.plan)
         has_fixed_skips = self.skips == "none" or not plan.is_variable
         self.require("skips", has_fixed_skips, "needs a plan without *r; use --skips none")
-        most = plan.count_passes(max(self.rows, self.score_depth))
+        most = plan.count_passes(max(self.table_repetitions, self.score_depth))
         self.require("plan", most <= 512, f"has {most} passes, at most 512 are built")
         self.require("sample_depth", plan.is_variable or not self.sample_depth, "needs a plan with *r")
+        keeps_gradient = self.bptt == 0 or plan.injects_into_variable_group
+        self.require("bptt", keeps_gradient, "needs ^ in the *r group, or nothing before the group would learn")
         is_known = set(self.ttt_freeze) <= set(plan.names)
         self.require("ttt_freeze", is_known, f"the plan has only the blocks {plan.names}")
         for name in ("xsa_passes", "ve_passes"):
-            parse_pass_set(name, getattr(self, name), plan.count_passes(self.rows))
+            parse_pass_set(name, getattr(self, name), plan.count_passes(self.table_repetitions))
 
     @property
     def head_width(self) -> int:
@@ -276,7 +278,7 @@ class Config(Run, Size, Training, Stored):
         return int(self.mlp_mult * self.model_dim)
 
     @property
-    def rows(self) -> int:
+    def table_repetitions(self) -> int:
         """Repetitions of the *r group that have rows of their own in the per-pass tables."""
         return max(self.depth, self.max_r)
 
@@ -385,12 +387,18 @@ def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict
         folder = Path(given["resume"])
         origin, base = "resume", load_started_config(folder, given)
         given["run_id"] = folder.name
+    elif given.get("score"):
+        origin, base = "file", settings_of_file(Path(given["score"]), given)
     else:
         recipe = given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
         origin, base = "recipe", {"recipe": recipe, **RECIPES.get(recipe, {})}
-    layers = {"default": defaults, origin: base, "env": from_env, "cli": from_line}
-    source = {name: layer for layer, values in layers.items() for name in values}
-    return Config(**{**defaults, **base, **given}), source
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for layer, settings in (("default", defaults), (origin, base), ("env", from_env), ("cli", given)):
+        values |= settings
+        source |= dict.fromkeys(settings, layer)
+    source |= dict.fromkeys(from_env.keys() - from_line.keys(), "env")
+    return Config(**values), source
 
 
 def load_started_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -400,12 +408,27 @@ def load_started_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         started = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         raise ConfigError(problem) from None
-    if find_wrong_fields(started, Config) or len(started) != len(fields(Config)):
+    if find_wrong_fields(started, Config) or not {"recipe", "seed", "plan", "data_path"} <= started.keys():
         raise ConfigError(problem)
+    started = {**{f.name: f.default for f in fields(Config)}, **started}
     for name, value in given.items():
         if name not in ("resume", "run_id", "checkpoint_every_s", "log_every") and started[name] != value:
             raise ConfigError(f"{name}={value}: the run in {folder} was started with {started[name]}; leave it out")
     return started
+
+
+def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """What a finished file is scored with: its stored settings, and the text of its run where it still lies in the
+    folder of that run, so that --score alone repeats the score. The machine decides nothing."""
+    stored = asdict(config_from_stored(load_artifact(path).stored))
+    base = {"recipe": given.get("recipe", "4b7l"), **RECIPES.get(given.get("recipe", ""), {})}
+    base |= {f.name: stored[f.name] for f in fields(Stored)}
+    base["batch_tokens"] = given.get("seq_len", stored["seq_len"])
+    started = path.with_name("config.json")
+    if started.is_file():
+        config = load_started_config(path.parent, {})
+        base |= {name: config[name] for name in ("data_path", "score_tokens", "byte_limit", "code_reserve", "recipe")}
+    return base
 
 
 FIRST_OPTIONS = (
@@ -523,7 +546,7 @@ def draw_repetitions(config: Config, generator: np.random.Generator, count: int)
     """r as Huginn samples it (Geiping et al. 2025, arXiv:2502.05171): its mean is about depth + 1."""
     sigma = 0.5
     rates = generator.lognormal(math.log(config.depth) - sigma**2 / 2, sigma, count)  # of mean depth
-    return np.minimum(1 + generator.poisson(rates), config.rows)
+    return np.minimum(1 + generator.poisson(rates), config.table_repetitions)
 
 
 def expect_repetitions(config: Config, most: float = math.inf) -> float:
@@ -533,10 +556,20 @@ def expect_repetitions(config: Config, most: float = math.inf) -> float:
     return float(np.minimum(draw_repetitions(config, np.random.default_rng(0), 1 << 20), most).mean())
 
 
-def list_depths(config: Config) -> list[Depth]:
-    """One of each kind of forward that a run compiles."""
-    depths = [Depth(1), Depth(config.rows)] if config.sample_depth else [Depth(config.depth)]
+def list_depths(config: Config, compile_mode: str) -> list[Depth]:
+    """One of each kind of forward that a run compiles: whole graphs are made for every depth, blocks for one."""
+    depths = [Depth(config.depth)]
+    if config.sample_depth and compile_mode == "full":
+        depths = [Depth(r) for r in range(1, config.table_repetitions + 1)]
+    elif config.sample_depth:
+        depths = [Depth(1), Depth(config.table_repetitions)]
     return [ONCE, *depths] if config.loop_start else depths
+
+
+def list_shapes(config: Config) -> list[Settings]:
+    """Settings with each batch and context that a run has."""
+    over_run = [settings_at(config, hundredth / 100, 0) for hundredth in range(101)]
+    return list({(s.batch_tokens, s.seq_len): s for s in over_run}.values())
 
 
 class Budget:
@@ -555,7 +588,8 @@ class Budget:
         self.recent.append(seconds)
 
     def progress(self, step: int, used_s: float) -> float | None:
-        """None when the next step would pass the budget. The last step always reaches 1, so that schedules end."""
+        """None when the next step would pass the budget. The last step reaches 1, so that schedules end, unless it or
+        the one before was slower than all recent ones."""
         if self.iterations:
             return (step + 1) / self.iterations if step < self.iterations else None
         if used_s + self.slowest_s > self.seconds:
@@ -779,7 +813,7 @@ class LoopedGPT(DeclaringModule):
         self.plan: Plan = parse_plan(config.plan)
         self.is_compiled = compile_mode != "none"
         D, V, kv_dim = config.model_dim, config.vocab_size, config.num_kv_heads * config.head_width
-        owners = self.plan.slot_owners(config.rows)
+        owners = self.plan.slot_owners(config.table_repetitions)
         self.declare("smear_gate", (D,), vector(start_at(0.0)), when=config.smear)
         self.passes = PassTable(config, len(owners))
         self.embed = Table(V, D, dtype, "embed", start_normal(0.005 if config.tied else 1.0))
@@ -821,7 +855,7 @@ class LoopedGPT(DeclaringModule):
             return self.logits(x)
         loss = self.run_loss(x, self.head, targets, self.config.softcap)
         if routing and self.training:
-            balance, z = sum(routing[1:], start=routing[0]) / len(routing)
+            balance, z = torch.stack(routing).mean(0)
             loss = loss + 0.01 * balance + 0.001 * z
         return loss
 
@@ -860,7 +894,7 @@ class LoopedGPT(DeclaringModule):
         self, tokens: Tensor, depth: Depth, cache: Cache | None, lora: Lora, on_pass: OnPass | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The final states, and the losses of every pass with a mixture."""
-        passes = self.plan.passes(depth, self.config.rows)
+        passes = self.plan.passes(depth, self.config.table_repetitions)
         slots = cache.slots(self.plan, depth) if cache else []
         n_skips = len(passes) // 2 if self.config.skips == "unet" else 0
         stream = self.enter(tokens, cache)
@@ -987,7 +1021,7 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     weighed_r = learned_r + (mean_r - learned_r) / 3
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
-    for p in model.plan.passes(Depth(1), config.rows):
+    for p in model.plan.passes(Depth(1), config.table_repetitions):
         block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
@@ -1185,11 +1219,12 @@ def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext
     started = time.perf_counter()
     before = copy.deepcopy(state.state_dict())
     random_state = torch.get_rng_state()
-    count = config.batch_tokens // ctx.world + 1
-    made_up = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
-    batch = split_tokens(made_up, config.seq_len, ctx)
-    for depth in list_depths(config):
-        train_step(model, state, batch, replace(settings_at(config, 0.5, 0), depth=depth), ctx)
+    for settings in list_shapes(config):
+        count = settings.batch_tokens // ctx.world + 1
+        made_up = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+        batch = split_tokens(made_up, settings.seq_len, ctx)
+        for depth in list_depths(config, ctx.compile):
+            train_step(model, state, batch, replace(settings, depth=depth), ctx)
     state.load_state_dict(before)
     torch.set_rng_state(random_state)
     ctx.sync()
@@ -1228,16 +1263,20 @@ def train(
             is_due = config.checkpoint_every_s > 0 and now_s - saved_at_s > config.checkpoint_every_s
             if is_due or must_stop or not math.isfinite(loss):
                 write_checkpoint(ctx, state, at, folder)
-                saved_at_s = at.used_s = clock.read_slowest()
+                at.used_s = clock.read_slowest()  # writing takes time of the budget, but none of the next step's
+                saved_at_s = at.used_s
             stop_if_needed(at, loss, must_stop, folder)
-        averaged = state.averaged_weights()
+    write_checkpoint(ctx, state, at, folder)  # whatever happens from here on, a resumed run finds the trained weights
+    averaged = state.averaged_weights()
+    hessians: dict[str, Tensor] = {}
+    if calibrates and config.iterations:
+        hessians = calibrate(config, ctx, averaged, stream)
+    elif calibrates:
         # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
         deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
-        is_time_left = None if config.iterations else lambda: clock.read() < deadline_s
-        hessians = calibrate(config, ctx, averaged, stream, is_time_left) if calibrates else {}
-        at.used_s = clock.stop()
+        hessians = calibrate(config, ctx, averaged, stream, lambda: clock.read() < deadline_s)
+    at.used_s = clock.stop()
     log_telemetry(model, at.step, stream, ctx)
-    write_checkpoint(ctx, state, at, folder)
     return Trained(averaged, hessians, k_scale, at)
 
 
@@ -1310,10 +1349,8 @@ def calibrate(
     stream: TokenStream,
     is_time_left: Callable[[], bool] | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs of every matrix, all passes together, on training text: calibration_tokens of it,
-    or, against a clock, as much as the seconds that are left allow."""
-    if not config.calibration_tokens:
-        return {}
+    """Sums of x x^T over the inputs of every matrix that is used as a layer, all passes together, on training text:
+    calibration_tokens of it, or, against a clock, as much as the time that is left allows."""
     model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
     model.load_state_dict(weights)
     sums: dict[str, Tensor] = {}
@@ -1322,15 +1359,22 @@ def calibrate(
             columns = module.weight.shape[1]
             sums[f"{name}.weight"] = torch.zeros(columns, columns, device=ctx.device)
             module.register_forward_hook(functools.partial(add_inputs, sums[f"{name}.weight"]))
+
+    def wants_more(consumed: int) -> bool:
+        return consumed < config.calibration_tokens if is_time_left is None else is_time_left()
+
     settings = settings_at(config, 1.0, 0)
     consumed = 0
-    while is_time_left() if is_time_left else consumed < config.calibration_tokens:
+    while wants_more(consumed):
         inputs, _ = load_batch(stream, consumed, settings, ctx)
-        with torch.no_grad():
-            model.hidden(inputs)
+        for piece in inputs.split(config.micro_batch or len(inputs)):
+            with torch.no_grad():
+                model.hidden(piece)
         ctx.sync()
-        consumed += config.batch_tokens
-    return {name: ctx.sum(total) for name, total in sums.items()}
+        consumed += settings.batch_tokens
+    ctx.log("calibration", tokens=consumed)
+    # experts are multiplied in groups and not as layers: theirs stay zero, and they are rounded plainly
+    return {name: total for name, total in sums.items() if ctx.sum(total).any()}
 
 
 def add_inputs(total: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -1345,7 +1389,7 @@ def add_inputs(total: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], out
 # alone, so the coarseness is solved from the byte limit before training, and moved a little at most in the final fit.
 
 FINEST, COARSEST = 0.3, 5.0  # k_scale: below, codes clip before they get finer; above, less than 1.5 bits are left
-HEADER_BYTES = 6000
+HEADER_BYTES = 900  # settings that differ from the defaults, digest, compressed tables
 FIT_ATTEMPTS = 6
 
 
@@ -1394,27 +1438,29 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
     """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
     and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
-    added = 0  # bytes of the latest attempt over its forecast
+    overhead = 0  # bytes of the latest attempt over its forecast
 
-    def size_at(k_scale: float) -> int:
-        return forecast_bytes(model, build_formats(config, model, k_scale), trained.averaged) + added
+    def forecast(k_scale: float) -> int:
+        return forecast_bytes(model, build_formats(config, model, k_scale), trained.averaged) + overhead
 
-    k_scale = trained.k_scale
-    if not is_limit_binding(config, k_scale) and size_at(k_scale) <= room:
+    def encode(k_scale: float, hessians: dict[str, Tensor]) -> bytes:
+        formats = build_formats(config, model, k_scale)
+        return encode_artifact(config, model, trained.averaged, formats, hessians, identity)
+
+    limit_chose_grid = is_limit_binding(config, trained.k_scale)
+    if not limit_chose_grid and forecast(trained.k_scale) <= room:
         # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
-        content = encode_artifact(config, model, trained.averaged, build_formats(config, model, k_scale), {}, identity)
+        content = encode(trained.k_scale, {})
         if len(content) <= room:
             return content
-        added = len(content) - size_at(k_scale)
+        overhead += len(content) - forecast(trained.k_scale)
     for _ in range(FIT_ATTEMPTS):
-        k_scale = solve_k_scale(size_at, int(0.998 * room), config)
-        hessians = trained.hessians if k_scale != trained.k_scale else {}
-        formats = build_formats(config, model, k_scale)
-        content = encode_artifact(config, model, trained.averaged, formats, hessians, identity)
+        k_scale = solve_k_scale(forecast, int(0.998 * room), config)
+        content = encode(k_scale, trained.hessians if k_scale != trained.k_scale else {})
         is_full = len(content) >= 0.995 * room or k_scale == FINEST
         if len(content) <= room and is_full:
             return content
-        added += len(content) - size_at(k_scale)
+        overhead += len(content) - forecast(k_scale)
     raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
 
 
@@ -1450,10 +1496,10 @@ def config_from_stored(stored: dict[str, Any]) -> Config:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
-def with_stored_of(stored: Config, config: Config, keep: Sequence[str] = ()) -> Config:
-    """A config with another one's stored settings, but for those to keep."""
-    taken = {f.name: getattr(stored, f.name) for f in fields(Stored) if f.name not in keep}
-    return replace(config, **taken, batch_tokens=taken.get("seq_len", config.seq_len))
+def with_stored_of(stored: Config, config: Config) -> Config:
+    """A config with another one's stored settings."""
+    taken = {f.name: getattr(stored, f.name) for f in fields(Stored)}
+    return replace(config, **taken, batch_tokens=stored.seq_len)
 
 
 def describe_stored(stored: dict[str, Any]) -> Layout:
@@ -1480,8 +1526,7 @@ def export(config: Config, ctx: RunContext, model: LoopedGPT, trained: Trained, 
         except DoesNotFit as error:
             raise DoesNotFit(f"{error}; the checkpoint is kept in {path.parent}") from None
         write_atomic(path, content)
-    if ctx.world > 1:
-        dist.barrier()
+    ctx.wait_for_all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1527,10 +1572,14 @@ def import_when_used(module: str, setting: str) -> Any:
         raise ConfigError(f"{setting}: this script was packed without {module}; run the repository's") from None
 
 
+def list_score_modes(config: Config) -> list[str]:
+    """The modes that a run is scored in."""
+    return [config.score_mode, *(word for word in config.diagnostics if word in SCORERS)]
+
+
 def used_modules(config: Config) -> list[str]:
     """The modules that a config imports when they are used; all others are imported at the top."""
-    modes = [config.score_mode, *(word for word in config.diagnostics if word in SCORERS)]
-    modules = [SCORERS[mode].module for mode in modes]
+    modules = [SCORERS[mode].module for mode in list_score_modes(config)]
     if config.moe_experts:
         modules.append("loopgolf.moe")
     return sorted(set(modules))
@@ -1620,15 +1669,15 @@ def score_artifact(
     model.load_state_dict(artifact.tensors)
     started = time.perf_counter()
     final = evaluate(config.score_mode, model, config, ctx, val)
-    eval_s = time.perf_counter() - started
+    eval_s = max(ctx.gather_numbers(time.perf_counter() - started)[0])
     result: dict[str, Any] = dict(val_bpb=final.score.bpb, val_loss=final.score.loss, score_mode=config.score_mode)
     result.update(updates=final.updates, skipped=final.skipped, eval_s=eval_s)
     if not config.score:
-        result["eval_fits"] = yes_or_no(max(ctx.gather_numbers(eval_s)[0]) <= config.eval_budget)
+        result["eval_fits"] = yes_or_no(eval_s <= config.eval_budget)
     for mode in SCORERS:
         if mode in config.diagnostics:
-            is_final = mode == config.score_mode
-            result[f"bpb_{mode}"] = (final if is_final else evaluate(mode, model, config, ctx, val)).score.bpb
+            found = final if mode == config.score_mode else evaluate(mode, model, config, ctx, val)
+            result[f"bpb_{mode}"] = found.score.bpb
     total, limit = artifact.size + ctx.code_bytes, config.byte_limit
     result.update(artifact_bytes=artifact.size, code_bytes=ctx.code_bytes, total_bytes=total, limit=limit)
     result.update(fits=yes_or_no(limit == 0 or total <= limit), artifact_sha256=artifact.sha256)
@@ -1680,7 +1729,16 @@ def build_context(config: Config, environ: dict[str, str], code_bytes: int = 0) 
     host_group = join_process_group(on_gpu) if world > 1 else None
     log = Log(quiet=rank != 0)
     mode = choose_compile_mode(config, device, log)
-    return RunContext(rank, world, device, choose_dtype(config, on_gpu), mode, log, code_bytes, host_group)
+    return RunContext(
+        rank=rank,
+        world=world,
+        device=device,
+        dtype=choose_dtype(config, on_gpu),
+        compile=mode,
+        log=log,
+        code_bytes=code_bytes,
+        host_group=host_group,
+    )
 
 
 def join_process_group(on_gpu: bool) -> dist.ProcessGroup | None:
@@ -1766,7 +1824,7 @@ def log_size_forecast(config: Config, k_scale: float, model: LoopedGPT, ctx: Run
 def forecast_memory(config: Config, model: LoopedGPT, ctx: RunContext) -> float:
     """Bytes of a training step on one rank, roughly: what waits for its gradient, logits, weights and their state."""
     sequences = config.micro_batch or max(1, config.batch_tokens // config.seq_len // ctx.world)
-    kept_passes = model.plan.count_passes(min(config.rows, config.bptt or config.rows))
+    kept_passes = model.plan.count_passes(min(config.table_repetitions, config.bptt or config.table_repetitions))
     inside_pass = 10 * config.model_dim + 3 * config.mlp_dim
     values = kept_passes * inside_pass
     if config.checkpoint_passes:
@@ -1776,6 +1834,7 @@ def forecast_memory(config: Config, model: LoopedGPT, ctx: RunContext) -> float:
 
 
 def dry_run(config: Config, ctx: RunContext) -> None:
+    check_split(config, ctx)
     model = build_meta_model(config)
     by_part: Counter[str] = Counter()
     for name, p in model.named_parameters():
@@ -1789,19 +1848,20 @@ def dry_run(config: Config, ctx: RunContext) -> None:
 
 def check_split(config: Config, ctx: RunContext) -> None:
     """Whether the sequences of a step split over ranks and micro batches."""
-    sequences, size = config.batch_tokens // config.seq_len, config.micro_batch
-    if sequences % ctx.world:
-        why = f"{sequences} sequences do not split over {ctx.world} ranks"
-        raise ConfigError(f"batch_tokens={config.batch_tokens}: {why}")
-    if size and sequences // ctx.world % size:
-        raise ConfigError(f"micro_batch={size} does not divide the {sequences // ctx.world} sequences of a rank")
+    size = config.micro_batch
+    for settings in list_shapes(config):
+        tokens, sequences = settings.batch_tokens, settings.batch_tokens // settings.seq_len
+        if tokens % settings.seq_len:
+            raise ConfigError(f"batch_tokens={tokens}: must be divisible by seq_len={settings.seq_len}")
+        if sequences % ctx.world:
+            raise ConfigError(f"batch_tokens={tokens}: {sequences} sequences do not split over {ctx.world} ranks")
+        if size and sequences // ctx.world % size:
+            raise ConfigError(f"micro_batch={size} does not divide the {sequences // ctx.world} sequences of a rank")
 
 
-def score_only(config: Config, source: dict[str, str], ctx: RunContext) -> None:
+def score_only(config: Config, ctx: RunContext) -> None:
     """--score: the model comes from the file, how to score too unless said otherwise."""
     artifact = load_artifact(config.score)
-    given = [name for name, layer in source.items() if layer in ("cli", "env")]
-    config = with_stored_of(config_from_stored(artifact.stored), config, keep=given)
     model = build_eval_model(config, ctx)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if shapes != {name: weight.shape for name, weight in artifact.tensors.items()}:
@@ -1839,6 +1899,8 @@ def check_free(config: Config, ctx: RunContext, folder: Path) -> None:
 def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     """The whole run: data, model, training, artifact, score from the artifact."""
     check_split(config, ctx)
+    for mode in list_score_modes(config):
+        find_scorer(mode)  # a packed script that lacks one says so before it trains
     config = name_run(config, ctx)
     folder = Path(config.resume or f"runs/{config.run_id}")
     check_free(config, ctx, folder)
@@ -1873,27 +1935,28 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
         write_atomic(folder / "result.json", json.dumps(report, indent=1).encode())
 
 
-def find_help(argv: list[str]) -> str | None:
-    """The section that help is wanted for (empty: the first page), if it is."""
-    for index, word in enumerate(argv):
-        if word in ("--help", "-h"):
-            return "".join(argv[index + 1 : index + 2])
-    return None
+def wants_help(argv: list[str]) -> bool:
+    return "--help" in argv or argv[:1] == ["-h"]
+
+
+def find_help_section(argv: list[str]) -> str:
+    """The word after --help, if it is no option; empty for the first page."""
+    after = argv[argv.index("--help") + 1 :] if "--help" in argv else argv[1:]
+    return after[0] if after and not after[0].startswith("-") else ""
 
 
 def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
     """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
     try:
-        section = find_help(argv)
-        if section is not None:
-            print(help_text(section))
+        if wants_help(argv):
+            print(help_text(find_help_section(argv)))
             return 0
         config, source = parse_config(argv, environ)
         ctx = build_context(config, environ, code_bytes or config.code_reserve)
         if config.dry_run:
             dry_run(config, ctx)
         elif config.score:
-            score_only(config, source, ctx)
+            score_only(config, ctx)
         else:
             run(config, source, ctx)
         if ctx.world > 1:

@@ -66,6 +66,7 @@ class SgdScorer(WindowScorer):
             self.state.accumulate()
         self.state.reduce(ctx.sum, 1 / len(inputs), config.ttt_clip)
         self.state.step(lr_scale, config.ttt_momentum)
+        ctx.sync()
         self.update_s = max(self.update_s, time.perf_counter() - started)
 
     def reset(self) -> None:
@@ -117,13 +118,14 @@ class LoraScorer(WindowScorer):
         if self.is_late(until):
             return
         started = time.perf_counter()
-        positions, states = next(self.scored_states(tokens, chunk))
+        positions, states, _ = next(self.scored_states(tokens, chunk))
         targets = tokens[positions].to(self.ctx.device)
         # a sum over documents: the gradient of one does not depend on its neighbours
         loss = F.cross_entropy(self.model.logits(states), targets, reduction="sum") / self.stride
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()
+        self.ctx.sync()
         self.update_s = max(self.update_s, time.perf_counter() - started)
 
     def reset(self) -> None:
@@ -137,5 +139,4 @@ class LoraScorer(WindowScorer):
                 up = torch.zeros(rows, rank, fan_out)
                 adapter = (down.to(self.ctx.device).requires_grad_(), up.to(self.ctx.device).requires_grad_())
                 self.lora[block][name] = adapter
-        weights = [tensor for layers in self.lora.values() for adapter in layers.values() for tensor in adapter]
-        self.adam = torch.optim.Adam(weights, lr=self.config.lora_lr, betas=(0.9, 0.95))
+        self.adam = torch.optim.Adam(self.learned(), lr=self.config.lora_lr, betas=(0.9, 0.95))

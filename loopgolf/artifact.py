@@ -142,8 +142,17 @@ def unpack_artifact(content: bytes, describe: Describe) -> Artifact:
         layout = describe(stored)
         raw = read_streams(payload, streams, [list(stored_tensors(layout, dtype)) for dtype in STREAMS])
     tensors = dequantize_all(layout, raw)
-    digest = hashlib.sha256(content).hexdigest()
-    return Artifact(version, stored, tokenizer, layout, streams, raw, tensors, len(content), digest)
+    return Artifact(
+        version=version,
+        stored=stored,
+        tokenizer=tokenizer,
+        layout=layout,
+        streams=streams,
+        raw=raw,
+        tensors=tensors,
+        size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def import_v2() -> Any:

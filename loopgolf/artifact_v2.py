@@ -84,8 +84,8 @@ def translate(layout: Layout) -> dict[str, StoredTensor]:
                 old[stacked] = tensor
             else:
                 rows = old[stacked].shape[0] if stacked in old else 0
-                # a norm is a row of its width, a gate one number
-                shape = (rows + 1, *tensor.shape) if len(tensor.shape) and owner.endswith("norms") else (rows + 1,)
+                is_norm = owner.endswith("norms")  # a row of the width; a gate is one number
+                shape = (rows + 1, *tensor.shape) if is_norm else (rows + 1,)
                 old[stacked] = tensor._replace(shape=shape)
     return old
 

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 Start = Callable[[Tensor, torch.Generator], None]  # fills a tensor of zeros
 
-GRIDS = ("core", "edge", "embed", "table")  # matrices that the plan repeats, other matrices, embedding, other tables
-GROUPS = ("matrix", "table", "vector")
-
 
 @dataclass(frozen=True)
 class ParamSpec:
     """The declaration of one parameter."""
 
-    group: str  # which optimizer and learning rate: one of GROUPS
-    grid: str | None  # which grid it is trained and stored on, one of GRIDS; None: it is stored in fp16
+    group: str  # its optimizer and learning rate: matrix, table or vector
+    # its grid, in training and in the file: core (matrices that the plan repeats), edge (other matrices), embed (token
+    # embedding) or table (other tables); None: fp16
+    grid: str | None
     decays: bool
     start: Start
     parts: tuple[int, ...] = ()  # rows of each projection that a matrix fuses

@@ -49,76 +49,104 @@ class Pass:
 
 @dataclass(frozen=True)
 class Group:
-    """`(items)*count` of a plan; no count stands for r."""
+    """`(items)*count` of a plan."""
 
     items: tuple[int | Group, ...]  # blocks are numbers
-    count: int | None = 1
+    count: int | None = 1  # None stands for r
     inject: tuple[int, ...] = ()  # the group's own number where ^ asks for its input
-    norms: int = 0  # 1: between repetitions, 2: after each
+    norm_between: bool = False  # ~: a norm between two repetitions
+    norm_last: bool = False  # ~~: a norm after the last one, too
 
     def count_passes(self, r: int) -> int:
-        once = sum(item.count_passes(r) if isinstance(item, Group) else 1 for item in self.items)
-        return (self.count or r) * once
+        repetitions = r if self.count is None else self.count
+        return repetitions * self.count_body(r)
 
-    def expand(self, depth: Depth, rows: int, first_slot: int) -> list[Pass]:
-        """The passes, the first one at this row of the per-pass tables. The tables cover `rows` repetitions of the *r
+    def count_body(self, r: int) -> int:
+        """Passes of one repetition."""
+        return sum(item.count_passes(r) if isinstance(item, Group) else 1 for item in self.items)
+
+    def expand(self, depth: Depth, covered: int, first_slot: int) -> list[Pass]:
+        """The passes, the first one at this row of the per-pass tables. The tables cover so many repetitions of the *r
         group; deeper ones reuse the last row."""
-        covered = self.count or rows
-        slots_each = self.count_passes(rows) // covered
-        repetitions = (self.count or depth.r) if depth.loops else 1
+        rows = covered if self.count is None else self.count
+        repetitions = depth.r if self.count is None else self.count
+        if not depth.loops:
+            repetitions = 1
         passes: list[Pass] = []
         for repetition in range(repetitions):
-            left = repetitions - 1 - repetition
-            body = self.expand_items(depth, rows, first_slot + slots_each * min(repetition, covered - 1))
-            first, last = body[0], body[-1]
-            first.inject = self.inject + first.inject
+            is_last = repetition == repetitions - 1
+            row = min(repetition, rows - 1)
+            body = self.expand_body(depth, covered, first_slot + row * self.count_body(covered))
+            body[0].inject = self.inject + body[0].inject
             if repetition == 0:
-                first.enter = self.inject + first.enter
-            if self.norms == 2 or (self.norms == 1 and left > 0):
-                last.norm = True
+                body[0].enter = self.inject + body[0].enter
+            if self.norm_last if is_last else self.norm_between:
+                body[-1].norm = True
             if self.count != 1:
-                last.ends = True
+                body[-1].ends = True
             if self.count is None:
                 for p in body:
-                    p.repetitions_left = left
+                    p.repetitions_left = repetitions - 1 - repetition
             passes += body
         return passes
 
-    def expand_items(self, depth: Depth, rows: int, slot: int) -> list[Pass]:
+    def expand_body(self, depth: Depth, covered: int, slot: int) -> list[Pass]:
         """One repetition."""
         passes: list[Pass] = []
         for item in self.items:
             if isinstance(item, Group):
-                passes += item.expand(depth, rows, slot)
-                slot += item.count_passes(rows)
+                passes += item.expand(depth, covered, slot)
+                slot += item.count_passes(covered)
             else:
                 passes.append(Pass(item, slot))
                 slot += 1
         return passes
 
+    def find_groups(self) -> list[Group]:
+        """The groups within, at any depth."""
+        groups = []
+        for item in self.items:
+            if isinstance(item, Group):
+                groups += [item, *item.find_groups()]
+        return groups
+
 
 @dataclass(frozen=True)
-class Plan(Group):
+class Plan:
     """A parsed loop plan."""
 
-    names: str = ""  # letters of the blocks in order of first appearance
-    injected: tuple[int, ...] = ()  # numbers of the groups that re-inject their input
-    is_variable: bool = False  # one group repeats r times
+    body: Group  # all of it, once
+    names: str  # letters of the blocks in order of first appearance
+    injected: tuple[int, ...]  # numbers of the groups that re-inject their input
 
-    def passes(self, depth: Depth, rows: int) -> list[Pass]:
-        owners = self.slot_owners(rows)
-        passes = self.expand(depth, rows, 0)
+    def passes(self, depth: Depth, covered: int) -> list[Pass]:
+        """The passes of a forward; `covered` repetitions of the *r group have rows in the per-pass tables."""
+        owners = self.slot_owners(covered)
+        passes = self.body.expand(depth, covered, 0)
         for p in passes:
             p.visit = owners[: p.slot].count(p.block)
         return passes
 
-    def slot_owners(self, rows: int) -> list[int]:
+    def count_passes(self, r: int) -> int:
+        return self.body.count_passes(r)
+
+    def slot_owners(self, covered: int) -> list[int]:
         """The block that each row of the per-pass tables belongs to."""
-        return [p.block for p in self.expand(Depth(rows), rows, 0)]
+        return [p.block for p in self.body.expand(Depth(covered), covered, 0)]
 
     @property
     def has_groups(self) -> bool:
-        return any(isinstance(item, Group) for item in self.items)
+        return bool(self.body.find_groups())
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether one group repeats r times."""
+        return any(group.count is None for group in self.body.find_groups())
+
+    @property
+    def injects_into_variable_group(self) -> bool:
+        """Whether every repetition of the *r group sees the stream that entered it."""
+        return any(group.count is None and group.inject for group in self.body.find_groups())
 
 
 @functools.lru_cache
@@ -144,8 +172,7 @@ class PlanParser:
         items = self.parse_items(nesting=0)
         if self.position < len(self.text):
             self.fail(self.expected_item())
-        names, injected = "".join(self.names), tuple(self.injected)
-        return Plan(items, names=names, injected=injected, is_variable=self.is_variable)
+        return Plan(Group(items), "".join(self.names), tuple(self.injected))
 
     def parse_items(self, nesting: int) -> tuple[int | Group, ...]:
         items: list[int | Group] = []
@@ -170,10 +197,10 @@ class PlanParser:
             inject = (number,)
             self.injected.append(number)
         items = self.parse_items(nesting)
-        norms = len(self.take("~{0,2}"))
+        marks = self.take("~{0,2}")
         self.take(r"\)", f"a letter, at most two '~', or ')' for the '(' at character {opened_at}")
         self.take(r"\*", "'*' and a count, as in (ab)*3")
-        return Group(items, self.parse_count(), inject, norms)
+        return Group(items, self.parse_count(), inject, norm_between=marks != "", norm_last=marks == "~~")
 
     def parse_count(self) -> int | None:
         expected = f"a count from 1 to {HIGHEST_COUNT}, or r in one group only"

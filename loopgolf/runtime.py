@@ -112,6 +112,10 @@ class RunContext:
         dist.all_gather(parts, tensor.contiguous(), group=group)
         return parts
 
+    def wait_for_all(self) -> None:
+        """Returns once every rank is here."""
+        self.gather_numbers(0.0)
+
     def gather_numbers(self, *numbers: float) -> list[list[float]]:
         """For each number its values on all ranks. Only processors take part."""
         mine = torch.tensor(numbers, dtype=torch.float64)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from loopgolf.cache import Cache
 from loopgolf.layers import Adapter, Linear
-from loopgolf.options import MOST, option
+from loopgolf.options import option
 from loopgolf.plan import Depth, Pass
 from loopgolf.runtime import RunContext
 
@@ -51,7 +51,7 @@ class Scoring:
     ttt_freeze: str = option("a", "sgd: letters of the blocks that stay as they are")
     lora_rank: int = option(8, "lora: rank of the adapters that each document gets", low=1, high=65536)
     lora_chunk: int = option(256, "lora: tokens of a document that are scored before its adapters learn", low=1)
-    lora_lr: float = option(0.01, "lora: learning rate of the adapters (Adam)", high=MOST)
+    lora_lr: float = option(0.01, "lora: learning rate of the adapters (Adam)")
 
 
 class Model(Protocol):
@@ -152,7 +152,7 @@ class BpbMeter:
         self.sums += torch.tensor([nats, len(targets), n_bytes], dtype=torch.float64)
 
     def total(self, ctx: RunContext) -> Score:
-        nats, tokens, n_bytes = ctx.sum(self.sums.to(ctx.device)).tolist()
+        nats, tokens, n_bytes = ctx.sum(self.sums.clone().to(ctx.device)).tolist()
         return Score(nats, round(tokens), round(n_bytes))
 
 
@@ -210,10 +210,10 @@ class WindowScorer:
     def tracks(self, tokens: Tensor) -> list[Track]:
         return [[self.windows(len(tokens))]]
 
-    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions of targets and the states that predict them, in blocks of seq_len inputs. The windows, at most
-        `rows` of them, are padded to one shape if that saves compilation: what stands after a token, or in
-        another row, cannot change its states."""
+    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Positions of targets, states that predict them, and the window of each, in blocks of seq_len inputs. The
+        windows, at most `rows` of them, are padded to one shape if that saves compilation: what stands after a token,
+        or in another row, cannot change its states."""
         block = self.config.seq_len
         rows = self.rows if self.model.is_compiled else len(windows)
         inputs = torch.full((rows, self.length), self.config.bos_id)
@@ -227,11 +227,18 @@ class WindowScorer:
             piece = inputs[:, at : at + block]
             self.forwarded += piece.numel()
             states = self.model.hidden(piece, cache=cache, lora=lora, on_pass=self.on_pass)
-            begins = [w.start + at for w in windows]
-            spans = [range(max(w.first - 1, b), min(w.stop - 1, b + block)) for w, b in zip(windows, begins)]
-            if any(spans):
-                scored = [x[s.start - b :][: len(s)] for x, s, b in zip(states, spans, begins)]
-                yield torch.tensor([i + 1 for span in spans for i in span]), torch.cat(scored)
+            positions: list[int] = []
+            scored: list[Tensor] = []
+            owners: list[int] = []
+            for row, (w, row_states) in enumerate(zip(windows, states)):
+                begin = w.start + at
+                first, stop = max(w.first - 1, begin), min(w.stop - 1, begin + block)  # inputs that predict a target
+                if first < stop:
+                    positions += range(first + 1, stop + 1)
+                    scored.append(row_states[first - begin : stop - begin])
+                    owners += [row] * (stop - first)
+            if positions:
+                yield torch.tensor(positions), torch.cat(scored), torch.tensor(owners).to(self.ctx.device)
 
     def first_rows_of_lora(self, rows: int) -> Lora:
         return {
@@ -242,8 +249,16 @@ class WindowScorer:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
-        for positions, states in self.scored_states(tokens, windows):
-            yield positions, self.model.logits(states).log_softmax(-1)
+        for positions, states, owners in self.scored_states(tokens, windows):
+            yield positions, self.predict(states, owners)
+
+    def predict(self, states: Tensor, owners: Tensor) -> Tensor:
+        """States (n, D) to log-probabilities (n, V). `owners`: the window of each, by its place in the batch."""
+        return self.model.logits(states).log_softmax(-1)
+
+    def learned(self) -> list[Tensor]:
+        """What observations change, besides the weights of the model."""
+        return [t for layers in self.lora.values() for adapter in layers.values() for t in adapter]
 
     def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
         """Adapts to a chunk, now that all of it is scored, but not beyond the time `until`. `done`: share of the

@@ -101,9 +101,9 @@ def mix_one_by_one(w: dict[str, Tensor], top: int, loop: int, h: Tensor) -> Tens
 def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: Depth) -> Tensor:
     """(T,) tokens to (T, D) states: the passes written out, with the table rows that the plan names."""
     config, w = model.config, dict(model.named_parameters())
-    passes = model.plan.passes(depth, config.rows)
+    passes = model.plan.passes(depth, config.table_repetitions)
     x = x0 = embed_one_by_one(model, tokens.tolist())
-    slots = list(range(model.plan.count_passes(config.rows)))
+    slots = list(range(model.plan.count_passes(config.table_repetitions)))
     value_rows = {"none": [], "all": slots}.get(config.ve_passes)
     if value_rows is None:
         value_rows = slots[-int(config.ve_passes.removeprefix("last")) :]
@@ -138,7 +138,7 @@ def states_one_by_one(model: LoopedGPT, tokens: Tensor, depth: Depth) -> Tensor:
         hidden = gate * gate.sigmoid() * gated if config.mlp == "swiglu" else hidden.clamp(min=0).square()
         y = hidden @ block.mlp.down.weight.T
         if config.moe_experts:
-            earlier = model.plan.slot_owners(config.rows)[: p.slot]
+            earlier = model.plan.slot_owners(config.table_repetitions)[: p.slot]
             experts = dict(block.moe.named_parameters())
             mixed = mix_one_by_one(experts, config.moe_top, earlier.count(p.block), block_norm(x, "moe"))
             y = block.moe.mlp_gate * y + block.moe.moe_gate * mixed

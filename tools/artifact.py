@@ -137,7 +137,7 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     stream = TokenStream(config.data_path, "train", config.vocab_size)
     model = train_gpt.build_model(config, ctx)
     weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
-    hessians = train_gpt.calibrate(config, ctx, weights, stream)
+    hessians = train_gpt.calibrate(config, ctx, weights, stream) if config.calibration_tokens else {}
     trained = train_gpt.Trained(weights, hessians, train_gpt.plan_k_scale(config, model), train_gpt.Position())
     content = train_gpt.fit_artifact(config, model, trained, tokenizer.identity)
     write_atomic(out, content)

@@ -103,10 +103,9 @@ class Recorder(BpbMeter):
 
 
 def fingerprint(scorer: WindowScorer) -> bytes:
-    """sha256 of everything that can learn: parameters and buffers of the model, adapters of the scorer."""
-    adapters = [t for layers in scorer.lora.values() for pair in layers.values() for t in pair]
+    """sha256 of everything that can learn: parameters and buffers of the model, and what else the scorer learns."""
     digest = hashlib.sha256()
-    for tensor in [*scorer.model.state_dict().values(), *adapters]:
+    for tensor in [*scorer.model.state_dict().values(), *scorer.learned()]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.digest()
 

@@ -118,6 +118,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
     scorer, config = predictor.build_scorer(), predictor.config
     row = torch.full((1 + n_tokens,), 0 if config.bos_id else 1)  # within one document only its length matters
     row[0] = config.bos_id
+    owner = torch.zeros(1, dtype=torch.int64, device=predictor.ctx.device)  # it is alone in its batch
     with predictor.ctx.log.progress_bar(n_tokens, title) as bar:
         for track in scorer.tracks(row):
             for index, chunk in enumerate(track):
@@ -127,7 +128,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)
                             states = predictor.model.hidden(tokens, cache=cache, lora=scorer.lora)[:, -1]
-                            log_probs = predictor.model.logits(states).log_softmax(-1)[0]
+                            log_probs = scorer.predict(states, owner)[0]
                         row[position] = choose(log_probs)
                         fresh = row[position : position + 1]
                         bar.update()

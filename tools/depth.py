@@ -122,8 +122,17 @@ def study_depth(path: Path, depths: list[int], taus: list[float], mode: str, opt
         study.config_at(r)  # refuses what is too deep before the first is scored
     scored = [study.score(r) for r in depths] + [study.score(depths[-1], tau) for tau in sorted(set(taus))]
     config, total = study.config, scored[0][1]
-    return Report(str(path), study.artifact.sha256, config.plan, mode, config.score_depth or config.depth, config.rows,
-                  total.tokens, total.bytes, [point for point, _ in scored])  # fmt: skip
+    return Report(
+        artifact=str(path),
+        artifact_sha256=study.artifact.sha256,
+        plan=config.plan,
+        mode=mode,
+        default_r=config.scoring_depth.r,
+        trained_r=config.table_repetitions,
+        tokens=total.tokens,
+        bytes=total.bytes,
+        points=[point for point, _ in scored],
+    )
 
 
 def format_table(report: Report) -> str:
