@@ -42,6 +42,9 @@ class SgdScorer(WindowScorer):
             chunks.setdefault((window.first - 1) // self.config.ttt_chunk, []).append(window)
         return [list(chunks.values())]
 
+    def made_up_length(self, n_windows: int) -> int:
+        return max(super().made_up_length(n_windows), self.config.ttt_chunk)
+
     def observe(self, tokens: Tensor, chunk: list[Window], done: float, until: float) -> None:
         config = self.config
         seen = tokens[chunk[0].first - 1 : chunk[-1].stop]

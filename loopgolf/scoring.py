@@ -172,6 +172,14 @@ def banded_shape(config: Scoring, stretch: int) -> WindowShape:
     return WindowShape(length, length - band, band)
 
 
+class MadeUpTimes(NamedTuple):
+    """What a made-up text took."""
+
+    scoring_s: float
+    observing_s: float
+    observed: int  # targets of the chunk
+
+
 class WindowScorer:
     """Scores windows, and never adapts.
 
@@ -273,28 +281,39 @@ class WindowScorer:
 
     def estimate_seconds(self, n_tokens: int) -> float:
         """How long a pass over so many tokens takes, from a batch of made-up ones."""
-        windows = self.rows if self.model.is_compiled else min(self.rows, 8)  # compiled, all rows cost the same
-        self.score_made_up(windows)  # the first forward pays for what later ones find done
-        seconds = self.score_made_up(windows)
-        return seconds / windows * n_tokens / self.stride / self.ctx.world
+        n_windows = self.rows if self.model.is_compiled else min(self.rows, 8)  # compiled, all rows cost the same
+        self.score_made_up(n_windows)  # the first forward pays for what later ones find done
+        took = self.score_made_up(n_windows)
+        scoring_s = took.scoring_s / n_windows * n_tokens / self.stride / self.ctx.world
+        observing_s = took.observing_s / took.observed * n_tokens
+        if self.is_per_document:
+            observing_s /= self.ctx.world
+        return scoring_s + observing_s
 
-    def score_made_up(self, n_windows: int) -> float:
-        """Seconds for so many windows and one observation, after which nothing of them is left."""
+    def made_up_length(self, n_windows: int) -> int:
+        """Tokens of a text that has so many windows and a whole chunk."""
+        return n_windows * self.length
+
+    def score_made_up(self, n_windows: int) -> MadeUpTimes:
+        """Scores so many windows and observes a chunk, of which nothing is left afterwards."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, (1 + n_windows * self.length,), generator=generator)
-        tokens[tokens == self.config.bos_id] = 0 if self.config.bos_id else 1
+        other_id = 0 if self.config.bos_id else 1
+        tokens = torch.randint(self.config.vocab_size, (1 + self.made_up_length(n_windows),), generator=generator)
+        tokens[tokens == self.config.bos_id] = other_id
         tokens[:: self.length] = self.config.bos_id
         chunk = self.tracks(tokens)[0][0]
         started = time.perf_counter()
         for _ in self.log_probs(tokens, chunk[:n_windows]):
             pass
+        self.ctx.sync()
+        scored = time.perf_counter()
         self.observe(tokens, chunk, 0.0, math.inf)
         self.ctx.sync()
-        seconds = time.perf_counter() - started
+        observed = time.perf_counter()
         self.reset()
         self.updates = self.skipped = self.forwarded = 0
         self.update_s = 0.0
-        return seconds
+        return MadeUpTimes(scored - started, observed - scored, sum(w.stop - w.first for w in chunk))
 
     def is_late(self, until: float) -> bool:
         """Whether an update would end after `until` on any rank; counts it as made or skipped."""
