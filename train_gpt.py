@@ -41,7 +41,7 @@ import zstandard
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.shards import TokenStream, find_shards
+from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
 from kernels.head import head_loss_ref, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
@@ -458,22 +458,42 @@ def help_text(section: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Data
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens come from memory-mapped shards. The batch of a step is a pure function of the tokens consumed before it, so
-# that a resumed run, a warm-up or another number of ranks never moves the data.
+# Tokens come from memory-mapped shards. The batch of a step is a pure function of the seed and the tokens consumed
+# before it, so that a resumed run, a warm-up or another number of ranks never moves the data.
 
 
-def load_batch(stream: TokenStream, consumed: int, settings: Settings, ctx: RunContext) -> tuple[Tensor, Tensor]:
+class TrainingText:
+    """The training text of a run and the order in which its windows are read. `shapes`: (batch_tokens, seq_len)."""
+
+    def __init__(self, config: Config, shapes: list[tuple[int, int]]):
+        self.stream = TokenStream(config.data_path, "train", config.vocab_size)
+        lengths = [seq_len for _, seq_len in shapes]
+        whole_steps = math.lcm(max(lengths), *(batch_tokens for batch_tokens, _ in shapes))
+        round_tokens = whole_steps * (max(lengths) // min(lengths))
+        self.order = WindowOrder(self.stream.total, max(lengths), round_tokens, config.seed)
+
+    def read(self, consumed: int, count: int, length: int) -> Tensor:
+        """(count, length + 1) tokens, the next ones after those consumed."""
+        starts = self.order.starts(consumed, count, length)
+        return torch.from_numpy(self.stream.read_windows(starts, length + 1).astype(np.int64))
+
+    def ends_round(self, consumed: int) -> bool:
+        """Whether batch and context may change now."""
+        return consumed % self.order.round_tokens == 0
+
+
+def load_batch(text: TrainingText, consumed: int, settings: Settings, ctx: RunContext) -> tuple[Tensor, Tensor]:
     """This rank's sequences of a step and their targets, (sequences, T) each."""
     share = settings.batch_tokens // ctx.world
-    tokens = stream.read(consumed + ctx.rank * share, share + 1)
-    return split_tokens(torch.from_numpy(tokens), settings.seq_len, ctx)
+    tokens = text.read(consumed + ctx.rank * share, share // settings.seq_len, settings.seq_len)
+    return split_tokens(tokens, ctx)
 
 
-def split_tokens(tokens: Tensor, seq_len: int, ctx: RunContext) -> tuple[Tensor, Tensor]:
-    """Consecutive tokens, one more than whole sequences, to inputs and targets on the device."""
+def split_tokens(tokens: Tensor, ctx: RunContext) -> tuple[Tensor, Tensor]:
+    """(sequences, T + 1) tokens to inputs and targets on the device."""
     if ctx.device.type == "cuda":
         tokens = tokens.pin_memory().to(ctx.device, non_blocking=True)
-    return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 class Tokenizer(NamedTuple):
@@ -566,10 +586,10 @@ def list_depths(config: Config, compile_mode: str) -> list[Depth]:
     return [ONCE, *depths] if config.loop_start else depths
 
 
-def list_shapes(config: Config) -> list[Settings]:
-    """Settings with each batch and context that a run has."""
+def list_shapes(config: Config) -> list[tuple[int, int]]:
+    """Each batch and context (batch_tokens, seq_len) that a run has."""
     over_run = [settings_at(config, hundredth / 100, 0) for hundredth in range(101)]
-    return list({(s.batch_tokens, s.seq_len): s for s in over_run}.values())
+    return list(dict.fromkeys((s.batch_tokens, s.seq_len) for s in over_run))
 
 
 class Budget:
@@ -1163,7 +1183,10 @@ class Position:
     step: int = 0
     tokens: int = 0  # consumed, over all ranks
     used_s: float = 0.0
-    step_s: float = 0.0  # the latest step, so that a resumed run knows how long the next one may take
+    # of the latest step: how long the next one may take, and the shape that holds until the end of a round of windows
+    step_s: float = 0.0
+    batch_tokens: int = 0
+    seq_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -1219,10 +1242,11 @@ def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext
     started = time.perf_counter()
     before = copy.deepcopy(state.state_dict())
     random_state = torch.get_rng_state()
-    for settings in list_shapes(config):
-        count = settings.batch_tokens // ctx.world + 1
-        made_up = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
-        batch = split_tokens(made_up, settings.seq_len, ctx)
+    settings = settings_at(config, 0.5, 0)
+    for batch_tokens, seq_len in list_shapes(config):
+        shape = (batch_tokens // seq_len // ctx.world, seq_len + 1)
+        made_up = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        batch = split_tokens(made_up, ctx)
         for depth in list_depths(config, ctx.compile):
             train_step(model, state, batch, replace(settings, depth=depth), ctx)
     state.load_state_dict(before)
@@ -1232,7 +1256,7 @@ def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext
 
 
 def train(
-    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, stream: TokenStream, folder: Path
+    config: Config, ctx: RunContext, model: LoopedGPT, k_scale: float, text: TrainingText, folder: Path
 ) -> Trained:
     state = build_state(config, ctx, model, k_scale)
     at = resume_position(config, ctx, state, folder)
@@ -1247,17 +1271,26 @@ def train(
         clock.start()
         while (progress := budget.progress(at.step, at.used_s)) is not None:
             settings = settings_at(config, progress, at.step)
-            batch = load_batch(stream, at.tokens, settings, ctx)
+            if not text.ends_round(at.tokens):  # mid-round the shape stays, or a window would be read twice
+                settings = replace(settings, batch_tokens=at.batch_tokens, seq_len=at.seq_len)
+            batch = load_batch(text, at.tokens, settings, ctx)
             step_loss = train_step(model, state, batch, settings, ctx)
             state.update_average(at.step, progress)
             loss = ctx.mean_loss(step_loss)  # sync: the only one of a step
             seconds, stops = ctx.gather_numbers(clock.read(), stop.seen)
             now_s, must_stop = max(seconds), any(stops)
-            at = Position(at.step + 1, at.tokens + settings.batch_tokens, now_s, now_s - at.used_s)
+            at = Position(
+                step=at.step + 1,
+                tokens=at.tokens + settings.batch_tokens,
+                used_s=now_s,
+                step_s=now_s - at.used_s,
+                batch_tokens=settings.batch_tokens,
+                seq_len=settings.seq_len,
+            )
             budget.add_step(at.step_s)
             log_step(config, ctx, at, loss, settings, progress)
             if progress < 0.5 and is_power_of_two(at.step):
-                log_telemetry(model, at.step, stream, ctx)
+                log_telemetry(model, at.step, text.stream, ctx)
             bar.update(progress - bar.n)
             bar.set_postfix_str(f"step {at.step} loss {loss:.3f}", refresh=False)
             is_due = config.checkpoint_every_s > 0 and now_s - saved_at_s > config.checkpoint_every_s
@@ -1270,13 +1303,13 @@ def train(
     averaged = state.averaged_weights()
     hessians: dict[str, Tensor] = {}
     if calibrates and config.iterations:
-        hessians = calibrate(config, ctx, averaged, stream)
+        hessians = calibrate(config, ctx, averaged, text)
     elif calibrates:
         # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
         deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
-        hessians = calibrate(config, ctx, averaged, stream, lambda: clock.read() < deadline_s)
+        hessians = calibrate(config, ctx, averaged, text, lambda: clock.read() < deadline_s)
     at.used_s = clock.stop()
-    log_telemetry(model, at.step, stream, ctx)
+    log_telemetry(model, at.step, text.stream, ctx)
     return Trained(averaged, hessians, k_scale, at)
 
 
@@ -1346,7 +1379,7 @@ def calibrate(
     config: Config,
     ctx: RunContext,
     weights: dict[str, Tensor],
-    stream: TokenStream,
+    text: TrainingText,
     is_time_left: Callable[[], bool] | None = None,
 ) -> dict[str, Tensor]:
     """Sums of x x^T over the inputs of every matrix that is used as a layer, all passes together, on training text:
@@ -1366,7 +1399,7 @@ def calibrate(
     settings = settings_at(config, 1.0, 0)
     consumed = 0
     while wants_more(consumed):
-        inputs, _ = load_batch(stream, consumed, settings, ctx)
+        inputs, _ = load_batch(text, consumed, settings, ctx)
         for piece in inputs.split(config.micro_batch or len(inputs)):
             with torch.no_grad():
                 model.hidden(piece)
@@ -1849,10 +1882,14 @@ def dry_run(config: Config, ctx: RunContext) -> None:
 def check_split(config: Config, ctx: RunContext) -> None:
     """Whether the sequences of a step split over ranks and micro batches."""
     size = config.micro_batch
-    for settings in list_shapes(config):
-        tokens, sequences = settings.batch_tokens, settings.batch_tokens // settings.seq_len
-        if tokens % settings.seq_len:
-            raise ConfigError(f"batch_tokens={tokens}: must be divisible by seq_len={settings.seq_len}")
+    shapes = list_shapes(config)
+    longest = max(seq_len for _, seq_len in shapes)
+    for tokens, seq_len in shapes:
+        sequences = tokens // seq_len
+        if tokens % seq_len:
+            raise ConfigError(f"batch_tokens={tokens}: must be divisible by seq_len={seq_len}")
+        if longest % seq_len:
+            raise ConfigError(f"seq_len={seq_len}: must divide {longest}, the longest context of the run")
         if sequences % ctx.world:
             raise ConfigError(f"batch_tokens={tokens}: {sequences} sequences do not split over {ctx.world} ranks")
         if size and sequences // ctx.world % size:
@@ -1905,19 +1942,21 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     folder = Path(config.resume or f"runs/{config.run_id}")
     check_free(config, ctx, folder)
     val = load_validation(config, ctx)
-    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    text = TrainingText(config, list_shapes(config))
     model = build_model(config, ctx)
     k_scale = plan_k_scale(config, model)
     start_weights(model, config.seed)
     prepare_folder(config, ctx, folder)
     log_head(config, source, ctx)
-    ctx.log("data", split="train", shards=len(stream.paths), tokens=stream.total, sha256=stream.fingerprint())
+    shards, windows = len(text.stream.paths), text.order.n_blocks
+    sha256 = text.stream.fingerprint()
+    ctx.log("data", split="train", shards=shards, tokens=text.stream.total, windows=windows, sha256=sha256)
     log_plan(config, k_scale, model, ctx)
     eval_model = build_eval_model(config, ctx)
     eval_model.load_state_dict(model.state_dict())
     log_scoring_forecast("plain", eval_model, config, ctx, len(val.tokens))
 
-    trained = train(config, ctx, model, k_scale, stream, folder)
+    trained = train(config, ctx, model, k_scale, text, folder)
     at = trained.position
     found: dict[str, Any] = dict(steps=at.step, tokens=at.tokens, train_s=at.used_s)
     found.update(seed=config.seed, recipe=config.recipe)

@@ -93,12 +93,57 @@ class TokenStream:
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(windows, length): the tokens from each start on."""
+        return np.stack([self.read(start, length) for start in starts.tolist()])
+
     def fingerprint(self) -> str:
         """sha256 over the counts and the first tokens of every shard: tells data apart without reading all of it."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(struct.pack("<q", len(shard)) + shard[: 1 << 20].tobytes())
         return digest.hexdigest()
+
+
+class WindowOrder:
+    """Where the training windows of a run begin: a function of the seed and of the number of tokens consumed.
+
+    The text is cut into blocks as long as the longest context of the run. An epoch reads all of them in a random order.
+    Windows that are shorter are cut from the blocks. A round of blocks gives the first window of each, then the second
+    of each and so on, so that neighbours in a document are never in one step. Batch and context may change between
+    rounds; then every window is still read once per epoch."""
+
+    def __init__(self, n_tokens: int, longest: int, round_tokens: int, seed: int):
+        self.longest = longest
+        self.round_tokens = round_tokens
+        self.n_blocks = (n_tokens - 1) // longest  # the target of a block's last token is the token after it
+        if self.n_blocks == 0:
+            raise DataError(f"{n_tokens} training tokens are fewer than one window of {longest} needs")
+        self.seed = seed % 2**64
+        self.epochs: dict[int, np.ndarray] = {}  # a step reads from two at most
+
+    def starts(self, consumed: int, count: int, length: int) -> np.ndarray:
+        """The next windows after so many tokens, as positions in the text."""
+        position = consumed + length * np.arange(count)
+        blocks_each = self.round_tokens // self.longest
+        index = position % self.round_tokens // length
+        block = position // self.round_tokens * blocks_each + index % blocks_each
+        epoch = block // self.n_blocks
+        starts = index // blocks_each * length
+        for number in np.unique(epoch).tolist():
+            within = epoch == number
+            starts[within] += self.longest * self.order(number)[block[within] % self.n_blocks]
+        return starts
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The blocks in the order in which an epoch reads them."""
+        if epoch not in self.epochs:
+            for other in [number for number in self.epochs if abs(number - epoch) > 1]:
+                del self.epochs[other]
+            order = np.arange(self.n_blocks, dtype=np.uint32)
+            np.random.default_rng((self.seed, epoch, 1)).shuffle(order)
+            self.epochs[epoch] = order
+        return self.epochs[epoch]
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:

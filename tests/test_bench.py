@@ -40,7 +40,7 @@ def test_a_step_does_what_that_of_a_run_does(tmp_path):
     parts.step()
     config, ctx = whole.config, whole.ctx
     settings = train_gpt.settings_at(config, 0.5, 0)
-    batch = train_gpt.load_batch(whole.stream, 0, settings, ctx)
+    batch = train_gpt.load_batch(whole.text, 0, settings, ctx)
     before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
     train_gpt.train_step(whole.model, whole.state, batch, settings, ctx)
     after = dict(parts.model.named_parameters())

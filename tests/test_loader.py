@@ -1,6 +1,9 @@
-"""The batch of a step is a function of the step: ranks read disjoint parts of the same global batch, shards join
-without a seam, and the stream starts over at its end. CPU: pytest tests/test_loader.py
+"""The batch of a step is a function of the seed and of the tokens consumed: ranks read disjoint parts of one batch, every
+window of the text is read once per epoch, also when the context grows in the middle. CPU: pytest tests/test_loader.py
 """
+
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ from helpers import tiny_config, tiny_context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import TokenStream, write_shard
-from loopgolf.errors import DataError
-from train_gpt import load_batch, settings_at
+import train_gpt
+from data.shards import TokenStream, WindowOrder, write_shard
+from loopgolf.errors import ConfigError, DataError
+from train_gpt import TrainingText, load_batch, settings_at
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +33,138 @@ def test_a_stream_is_one_row_that_repeats(counting, start, count):
     assert found.tolist() == [(start + i) % 1000 for i in range(count)]
 
 
+def test_windows_are_read_across_the_borders_of_shards(counting):
+    stream = TokenStream(str(counting), "train", 1000)
+    rows = stream.read_windows(np.array([390, 401, 0]), 20)
+    assert rows.tolist() == [list(range(start, start + 20)) for start in (390, 401, 0)]
+
+
+@given(
+    n_blocks=st.integers(1, 40),
+    rest=st.integers(1, 16),
+    pieces=st.sampled_from([1, 2, 4]),
+    steps=st.integers(1, 6),
+    sequences=st.integers(1, 7),
+    seed=st.integers(-(2**40), 2**40),
+)
+def test_every_window_is_read_once_per_epoch(n_blocks, rest, pieces, steps, sequences, seed):
+    """Steps of any size: over as many rounds as it takes, all windows are read equally often, and none leaves the text."""
+    longest, length = 16, 16 // pieces
+    round_tokens = steps * pieces * sequences * longest
+    order = WindowOrder(n_blocks * longest + rest, longest, round_tokens, seed)
+    epochs = round_tokens // longest  # so that the last round ends with an epoch
+    starts = [
+        order.starts(consumed, sequences, length)
+        for consumed in range(0, epochs * n_blocks * longest, sequences * length)
+    ]
+    windows, counts = np.unique(np.concatenate(starts), return_counts=True)
+    assert windows.tolist() == list(range(0, n_blocks * longest, length))
+    assert (counts == epochs).all()
+
+
+def test_an_epoch_is_read_before_the_next_one_begins():
+    order = WindowOrder(1001, 10, 50, seed=1)
+    for epoch in range(3):
+        starts = order.starts(1000 * epoch, 100, 10)
+        assert sorted(starts) == list(range(0, 1000, 10))
+        assert sorted(starts) != starts.tolist()
+    assert len(order.epochs) <= 2
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [WindowOrder(1001, 10, 50, seed).starts(consumed, 100, 10).tolist() for seed, consumed in
+              [(1, 0), (1, 0), (2, 0), (1, 1000)]]  # fmt: skip
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] and orders[0] != orders[3]
+
+
+def test_neighbours_in_a_document_are_never_in_one_step():
+    order = WindowOrder(64_001, 64, round_tokens=4 * 256, seed=0)
+    for consumed in range(0, 64_000, 256):
+        blocks = order.starts(consumed, 16, 16) // 64
+        assert len(set(blocks.tolist())) == 16
+
+
+def test_a_large_text_needs_four_bytes_for_a_window():
+    order = WindowOrder(10**7 * 16 + 1, 16, 160, seed=0)
+    order.starts(0, 10, 16)
+    assert order.epochs[0].nbytes == 4 * 10**7
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("step", [0, 1, 7, 100])
 def test_ranks_share_a_batch_without_overlap(counting, world, step):
     config = tiny_config(data_path=str(counting), vocab_size=1000)
-    stream = TokenStream(str(counting), "train", 1000)
+    text = TrainingText(config, [(128, 32)])
     settings = settings_at(config, 0.5, step)
-    parts = [load_batch(stream, 128 * step, settings, tiny_context(rank, world)) for rank in range(world)]
+    parts = [load_batch(text, 128 * step, settings, tiny_context(rank, world)) for rank in range(world)]
     inputs, targets = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-    expected = (torch.arange(129) + 128 * step) % 1000
     assert all(x.shape == (4 // world, 32) for x, _ in parts)
-    assert torch.equal(inputs.flatten(), expected[:-1]) and torch.equal(targets.flatten(), expected[1:])
+    assert torch.equal(inputs + 1, targets)
+    assert (inputs[:, 0] % 32 == 0).all() and len(inputs[:, 0].unique()) == 4
+    alone, _ = load_batch(text, 128 * step, settings, tiny_context())
+    assert torch.equal(inputs, alone)
 
 
-def test_another_number_of_sequences_in_a_shard_changes_nothing(counting, tmp_path):
+def test_another_number_of_shards_changes_nothing(counting, tmp_path):
     write_shard(tmp_path / "n_train_000000.bin", np.arange(1000))
     one, many = TokenStream(str(tmp_path), "train", 1000), TokenStream(str(counting), "train", 1000)
     assert (one.read(350, 900) == many.read(350, 900)).all()
     assert one.fingerprint() != many.fingerprint()
+
+
+class Seen(Exception):
+    """Enough batches were read."""
+
+
+def grow(config, progress, step):
+    """Context and batch double after a third of the run."""
+    factor = 1 if progress < 0.34 else 2
+    return replace(settings_at(config, progress, step), batch_tokens=128 * factor, seq_len=32 * factor)
+
+
+@pytest.mark.slow
+def test_context_and_batch_may_grow_in_the_middle_of_a_run(dataset, tmp_path, monkeypatch, capsys):
+    """Interrupted within a round, too: the same windows, each once."""
+    monkeypatch.setattr(train_gpt, "settings_at", grow)
+    monkeypatch.chdir(tmp_path)
+    read = []
+    original = TrainingText.read
+
+    def spy(self, consumed, count, length):
+        read.append((consumed, count, length, self.order.starts(consumed, count, length).tolist()))
+        return original(self, consumed, count, length)
+
+    monkeypatch.setattr(TrainingText, "read", spy)
+    config = tiny_config(data_path=str(dataset), iterations=11, run_id="grown", checkpoint_every_s=0, also="none")
+    options = [
+        f"--{name}={value}" for name, value in vars(config).items() if value != getattr(train_gpt.Config(), name)
+    ]
+    assert train_gpt.main(options, {}) == 0
+    steps = [(count, length) for _, count, length, _ in read]
+    assert set(steps) == {(4, 32), (4, 64)}
+    starts = [position for _, _, length, found in read for start in found for position in range(start, start + length)]
+    assert len(starts) == len(set(starts))  # less than an epoch: nothing twice
+    assert json.loads((tmp_path / "runs/grown/result.json").read_text())["result"]["tokens"] == sum(
+        count * length for count, length in steps
+    )
+
+
+def test_a_context_that_does_not_divide_the_longest_is_refused(dataset, monkeypatch):
+    monkeypatch.setattr(
+        train_gpt,
+        "settings_at",
+        lambda config, progress, step: replace(
+            settings_at(config, progress, step), seq_len=32 if progress < 0.5 else 48
+        ),
+    )
+    with pytest.raises(ConfigError, match="48"):
+        train_gpt.check_split(tiny_config(batch_tokens=192), tiny_context())
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(DataError, match="32 training tokens"):
+        WindowOrder(32, 32, 128, seed=0)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(counting):

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from data.shards import TokenStream
 from loopgolf.artifact import Artifact
 from loopgolf.options import Parser
 from loopgolf.quantize import RowGrid, compute_entropy
@@ -134,10 +133,10 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     ctx = train_gpt.build_context(replace(config, compile="none"), {})
     config = replace(config, byte_limit=byte_limit)
     tokenizer = train_gpt.load_run_tokenizer(config)
-    stream = TokenStream(config.data_path, "train", config.vocab_size)
+    text = train_gpt.TrainingText(config, train_gpt.list_shapes(config))
     model = train_gpt.build_model(config, ctx)
     weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
-    hessians = train_gpt.calibrate(config, ctx, weights, stream) if config.calibration_tokens else {}
+    hessians = train_gpt.calibrate(config, ctx, weights, text) if config.calibration_tokens else {}
     trained = train_gpt.Trained(weights, hessians, train_gpt.plan_k_scale(config, model), train_gpt.Position())
     content = train_gpt.fit_artifact(config, model, trained, tokenizer.identity)
     write_atomic(out, content)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import train_gpt
-from data.shards import TokenStream, write_shard
+from data.shards import write_shard
 from loopgolf.errors import ConfigError
 from loopgolf.options import Parser
 from loopgolf.params import start_weights
@@ -44,13 +44,13 @@ class Case:
 
     def __init__(self, options: list[str], folder: Path):
         config, _ = train_gpt.parse_config(options, {})
-        self.config = replace(config, data_path=str(folder), code_reserve=0)
+        data = tempfile.mkdtemp(dir=folder)
+        self.config = replace(config, data_path=data, code_reserve=0)
         self.ctx = train_gpt.build_context(self.config, dict(os.environ))
         train_gpt.check_split(self.config, self.ctx)
         tokens = np.random.default_rng(0).integers(2, config.vocab_size, 4 * config.batch_tokens + 1)
-        path = folder / f"random{config.vocab_size}_{config.batch_tokens}_train_000000.bin"
-        write_shard(path, tokens.astype(np.uint16))
-        self.stream = TokenStream(str(folder), "train", 65536)
+        write_shard(Path(data) / "random_train_000000.bin", tokens.astype(np.uint16))
+        self.text = train_gpt.TrainingText(self.config, train_gpt.list_shapes(self.config))
         self.model = train_gpt.build_model(self.config, self.ctx)
         start_weights(self.model, config.seed)
         k_scale = train_gpt.plan_k_scale(self.config, self.model)
@@ -77,7 +77,7 @@ class Case:
             cut = now
 
         consumed = len(self.steps) * settings.batch_tokens
-        batch = train_gpt.load_batch(self.stream, consumed, settings, self.ctx)
+        batch = train_gpt.load_batch(self.text, consumed, settings, self.ctx)
         end_part("data")
         train_gpt.train_step(self.model, self.state, batch, settings, self.ctx, end_part)
         self.steps.append(seconds)
@@ -100,7 +100,7 @@ class Case:
 
     def score_speed(self, mode: str, n_tokens: int) -> dict:
         """Scored tokens per second, by the model that runs score with; forward tokens per scored one, with padding."""
-        tokens = torch.from_numpy(self.stream.read(0, n_tokens))
+        tokens = torch.from_numpy(self.text.stream.read(0, n_tokens))
         tokens[:: max(self.config.seq_len, 2)] = self.config.bos_id
         eval_model = train_gpt.build_eval_model(self.config, self.ctx)
         eval_model.load_state_dict(self.model.state_dict())
