@@ -206,7 +206,8 @@ class Run:
     resume: str = option("", "continue the run in this folder from its checkpoint")
     score: str = option("", "score this artifact instead of training, without a time budget")
     also: str = option("trained,averaged,plain", "diagnostics besides the score, of")
-    score_tokens: int = option(0, "score only this prefix of the validation tokens (0 = all)")
+    score_documents: int = option(0, "score only the first so many validation documents (0 = all)")
+    text_sha256: str = option("", "sha256 of the text to score; a run on another one says so (empty = any)")
     eval_budget: float = option(600.0, "seconds for val_bpb: adaptation stops in time to score the rest without it")
     dry_run: bool = option(False, "print sizes and forecasts, then stop")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -308,7 +309,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         bigram_buckets=2048, bigram_dim=64, ve_dim=64, doc_attention=True,
         seq_len=512, batch_tokens=4096, max_wallclock_seconds=120.0,
         momentum=0.95, warmdown=0.6, final_lr=0.02, average="none", calibration_tokens=32768,
-        score_mode="lora", score_tokens=65536, score_batch=16, eval_budget=120.0,
+        score_mode="lora", score_documents=184, score_batch=16, eval_budget=120.0,
         ttt_chunk=8192, ttt_batch=4, lora_chunk=128,
         data_path="data/local", checkpoint_every_s=30.0,
     ),
@@ -427,7 +428,9 @@ def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     started = path.with_name("config.json")
     if started.is_file():
         config = load_started_config(path.parent, {})
-        base |= {name: config[name] for name in ("data_path", "score_tokens", "byte_limit", "code_reserve", "recipe")}
+        base |= {
+            name: config[name] for name in ("data_path", "score_documents", "byte_limit", "code_reserve", "recipe")
+        }
     return base
 
 
@@ -1642,13 +1645,36 @@ class Validation:
 def load_validation(config: Config, ctx: RunContext) -> Validation:
     tokenizer = load_run_tokenizer(config)
     stream = TokenStream(config.data_path, "val", config.vocab_size)
-    count = min(config.score_tokens or stream.total, stream.total)
-    if count < config.seq_len + 1:
-        raise DataError(f"{config.data_path}: {count} validation tokens are fewer than one window of {config.seq_len}")
-    tokens = stream.read(0, count)
+    tokens = stream.read(0, stream.total)
+    facts: dict[str, int | str] = dict(tokens=stream.total)
+    if config.score_documents:
+        documents = split_documents(tokens, config.bos_id)[: config.score_documents]
+        tokens = np.concatenate(documents)
+        facts = dict(tokens=stream.total, documents=len(documents), text_sha256=hash_text(documents, tokenizer))
+    if len(tokens) < config.seq_len + 1:
+        count = f"{len(tokens)} validation tokens"
+        raise DataError(f"{config.data_path}: {count} are fewer than one window of {config.seq_len}")
     sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
-    ctx.log("data", split="val", shards=len(stream.paths), tokens=stream.total, scored=count, sha256=sha256)
-    return Validation(torch.from_numpy(tokens), ByteCounter(tokenizer.model), tokenizer.identity)
+    ctx.log("data", split="val", shards=len(stream.paths), **facts, scored=len(tokens), sha256=sha256)
+    if config.text_sha256 and facts.get("text_sha256") != config.text_sha256:
+        ctx.log.line(
+            f"# warning: the text is not the one that {config.recipe} is scored on: its score compares with no other"
+        )
+    return Validation(torch.from_numpy(tokens.astype(np.int64)), ByteCounter(tokenizer.model), tokenizer.identity)
+
+
+def split_documents(tokens: np.ndarray, bos_id: int) -> list[np.ndarray]:
+    """Every document starts with BOS; what comes before the first one belongs to it."""
+    starts = np.flatnonzero(tokens == bos_id)
+    return np.split(tokens, starts[1:])
+
+
+def hash_text(documents: list[np.ndarray], tokenizer: Tokenizer) -> str:
+    """sha256 of the text, whatever the vocabulary."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(tokenizer.model.decode(document.tolist()).encode() + b"\n")
+    return digest.hexdigest()
 
 
 class Evaluated(NamedTuple):

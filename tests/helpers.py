@@ -19,7 +19,7 @@ from loopgolf.state import MasterWeights, TrainState
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
     plan="abab", ttt_freeze="a", model_dim=32, num_heads=2, num_kv_heads=1, head_dim=0, rope_dims=8, seq_len=32,
-    vocab_size=384, bigram_buckets=64, bigram_dim=8, ve_dim=8, ve_passes="last2", batch_tokens=128, iterations=4, score_tokens=400,
+    vocab_size=384, bigram_buckets=64, bigram_dim=8, ve_dim=8, ve_passes="last2", batch_tokens=128, iterations=4, score_documents=5,
     stride=8, score_batch=4, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, ttt_lr=0.1, average="ema", average_start=0.5,
     average_every=1, byte_limit=0, code_reserve=1000, score_mode="plain", also="none", compile="none", device="cpu",
     dtype="float32", checkpoint_every_s=0.0, log_every=1,

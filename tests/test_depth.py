@@ -14,7 +14,7 @@ from tools import depth, sweep
 from tools.lib.exits import EarlyExit
 
 LOOP = dict(plan="ab(^cd~)*re", skips="none", depth=3, max_r=4, xsa_passes="none", ve_passes="none")
-TOKENS = 350  # the last window of 32 is not full
+DOCUMENTS, TOKENS = 5, 383  # the last window of 32 is not full
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,12 @@ def artifact(tmp_path_factory, tokenizer_bytes) -> Path:
 
 
 def score(artifact: Path, dataset: Path, *more: str) -> list[str]:
-    return [str(artifact), f"--data_path={dataset}", f"--score_tokens={TOKENS}", *more]
+    return [str(artifact), f"--data_path={dataset}", f"--score_documents={DOCUMENTS}", *more]
 
 
 @pytest.fixture(scope="module")
 def report(artifact, dataset) -> depth.Report:
-    options = [f"--data_path={dataset}", f"--score_tokens={TOKENS}"]
+    options = [f"--data_path={dataset}", f"--score_documents={DOCUMENTS}"]
     return depth.study_depth(artifact, [3, 1, 6, 3], [0.0, 0.9, float("inf")], "plain", options)
 
 
@@ -36,7 +36,7 @@ def load(artifact: Path, dataset: Path, score_depth: int) -> tuple[train_gpt.Loo
     """The model as a run would score it."""
     found = train_gpt.load_artifact(artifact)
     stored = train_gpt.config_from_stored(found.stored)
-    here = dict(score_depth=score_depth, data_path=str(dataset), score_tokens=TOKENS, compile="none")
+    here = dict(score_depth=score_depth, data_path=str(dataset), score_documents=DOCUMENTS, compile="none")
     config = replace(stored, **here)
     ctx = train_gpt.build_context(config, {})
     return train_gpt.load_eval_model(found, config, ctx), ctx
@@ -70,7 +70,7 @@ def test_exits_span_from_two_repetitions_to_all(report, artifact, dataset):
     exits, full = by_exit(report), report.points[2]
     assert (exits[0.0].mean_depth, exits[0.0].val_bpb) == (6, full.val_bpb)
     assert 2 < exits[0.9].mean_depth < 6 and exits[0.9].seconds is None
-    two = depth.study_depth(artifact, [2], [], "plain", [f"--data_path={dataset}", f"--score_tokens={TOKENS}"])
+    two = depth.study_depth(artifact, [2], [], "plain", [f"--data_path={dataset}", f"--score_documents={DOCUMENTS}"])
     assert (exits[float("inf")].mean_depth, exits[float("inf")].val_bpb) == (2, two.points[0].val_bpb)
 
 
@@ -108,7 +108,6 @@ def test_json_table_and_picture(artifact, dataset, tmp_path, capsys):
         (["--depths", "256"], "has 515 passes, at most 512"),
         (["--exit", "nan"], "--exit nan: has to be 0 or more"),
         (["--exit", "0.1", "--mode", "lora"], "--exit with --mode lora"),
-        (["--score_tokens", "20"], "20 validation tokens are fewer than one window"),
         (["--data_path", "nowhere"], "nowhere"),
         (["--out", "depth.txt"], "depth.txt: a picture has to end in"),
         (["--out", "nowhere/depth.png"], "there is no folder nowhere"),
@@ -132,7 +131,7 @@ def test_a_fixed_plan_and_a_damaged_artifact_are_refused(artifact, dataset, toke
 
 # Sweeps
 
-RUN = dict(model_dim=16, iterations=2, bigram_buckets=0, ve_passes="none", seq_len=32, score_tokens=100)
+RUN = dict(model_dim=16, iterations=2, bigram_buckets=0, ve_passes="none", seq_len=32, score_documents=1)
 PLANS = ["ab", "a(b)*r --skips none --depth 2 --moe_experts 2 --moe_hidden 16 --moe_top 1"]
 
 
@@ -207,9 +206,9 @@ def test_names_do_not_cover_each_other(swept):
         (["ab 'x"], [], "No closing quotation"),
         (["ab"], ["--plan=ab"], "plans are named before it"),
         (
-            ["ab", "abab --score_tokens 9"],
-            ["--score_tokens=4"],
-            "'abab --score_tokens 9' has score_tokens=9, 'ab' has 4",
+            ["ab", "abab --score_documents 9"],
+            ["--score_documents=4"],
+            "'abab --score_documents 9' has score_documents=9, 'ab' has 4",
         ),
         (["ab"], ["--dry_run"], "--dry_run is not for a series of seeds"),
         (["ab", "--out", "x.jpeg"], [], "a picture has to end in"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # processes, ranks, whole runs
 
 # 395 targets: 13 plain windows, 47 sliding and 3 banded ones, so that the ranks never have equal work
 RUN = dict(
-    seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,banded,sgd,lora", score_tokens=396, average="swa",
+    seed=3, run_id="r", iterations=6, score_mode="plain", also="sliding,banded,sgd,lora", score_documents=5, average="swa",
     plan="(ab)*ra", skips="none", depth=2, max_r=6, sample_depth=True,
 )  # fmt: skip
 

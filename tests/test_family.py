@@ -76,7 +76,7 @@ def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_
     own = RECIPES[recipe]
     sizes = {name: size for name, size in SMALL.items() if own.get(name, getattr(Config, name))}
     settings = sizes | RATES.get(recipe, {}) | dict(recipe=recipe, run_id="r", iterations=7, log_every=1)
-    scoring = HERE | dict(data_path=dataset, also="none", score_tokens=300, score_batch=4)
+    scoring = HERE | dict(data_path=dataset, also="none", score_documents=4, score_batch=4)
     text = call(train_gpt, **settings, **scoring)
     losses = [float(line["train_loss"]) for line in events(text, "train")]
     assert sum(losses[-3:]) / 3 < losses[0] - 0.4, losses
@@ -475,7 +475,7 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     state, ctx = plain_state(model), tiny_context()
     train_gpt.warm_up(model, state, config, ctx)
     warm = graphs()
-    batch = train_gpt.split_tokens(draw_tokens(config, 129), config.seq_len, ctx)
+    batch = train_gpt.split_tokens(draw_tokens(config, 132).view(4, 33), ctx)
     for depth in range(9):
         assert torch.allclose(model.hidden(batch[0], at(depth)), plain.hidden(batch[0], at(depth)), atol=1e-4)
         train_gpt.train_step(model, state, batch, tiny_settings(0.0, depth=depth), ctx)

@@ -267,7 +267,7 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
         lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g),
     )
     limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
-    settings = MIXED | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_tokens=200, score_mode=mode)
+    settings = MIXED | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_documents=2, score_mode=mode)
     assert main(tiny_options(dataset, **settings, bigram_buckets=0, checkpoint_passes=1), {}) == 0
     text = capsys.readouterr().out
     losses = [float(line["train_loss"]) for line in events(text, "train")]
@@ -275,7 +275,7 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
     assert (set(seen) == {True}) == (mode == "plain")
     assert sum(losses[-3:]) / 3 < losses[0] - 0.3 and result["fits"] == "yes"
     assert float(result["val_loss"]) < losses[0]
-    again = dict(score="runs/m/artifact.lg", data_path=dataset, score_tokens=200, also="none", device="cpu")
+    again = dict(score="runs/m/artifact.lg", data_path=dataset, score_documents=2, also="none", device="cpu")
     assert main(options(**again, dtype="float32", compile="none"), {}) == 0
     (again,) = events(capsys.readouterr().out, "result")
     assert float(again["val_loss"]) == pytest.approx(float(result["val_loss"]), abs=1e-6)

@@ -18,7 +18,7 @@ from loopgolf.source import find_counted
 from tools.submission import script
 
 RESERVE = 32_000
-QUICK = SMALL | dict(score_tokens=200, lora_chunk=32)
+QUICK = SMALL | dict(score_documents=2, lora_chunk=32)
 
 
 def config_of(recipe: str) -> train_gpt.Config:

@@ -33,7 +33,7 @@ from tools.submission.trainlog import read_train_log
 from tools.submission.verdicts import BAD, OK, UNKNOWN
 
 SEEDS = (42, 1337, 2024)
-RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=40_000, score_tokens=400, also="trained,plain")
+RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=40_000, score_documents=5, also="trained,plain")
 META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Four steps of a tiny model."]
 DESCRIPTION = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb="Four steps.", date="2026-05-01")
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
@@ -62,7 +62,7 @@ def folders(dataset, runs, tmp_path_factory) -> dict[str, Path]:
     claimed = [shutil.copytree(run, root / "claimed" / run.name) for run in runs]
     for run in claimed:
         edit(run / "log.txt", r"^hardware .*$", GPUS)
-        edit(run / "log.txt", r"^(data split:val .*tokens:)\d+", r"\g<1>400")
+        edit(run / "log.txt", r"^(data split:val .*tokens:)\d+", r"\g<1>383")
     return {
         "track_pocket": write_record(root / "track_pocket" / NAME, runs),
         "track_10min_16mb": write_record(root / "track_10min_16mb" / NAME, claimed),

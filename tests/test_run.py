@@ -113,7 +113,7 @@ def test_the_score_comes_from_the_file_alone(finished, dataset, tmp_path, monkey
     given = [
         "--score",
         copy,
-        *options(data_path=dataset, score_tokens=400, device="cpu", dtype="float32", compile="none"),
+        *options(data_path=dataset, score_documents=5, device="cpu", dtype="float32", compile="none"),
     ]
     assert call(given, tmp_path, monkeypatch) == 0
     _, after = parse_log(capsys.readouterr().out)[-1]
@@ -217,7 +217,7 @@ BAD = {  # options, words of the message; the changes to the dataset are made by
     "no tokenizer": ({}, ["tokenizer.model"]),
     "tokenizer is no model": ({}, ["tokenizer.model"]),
     "no validation": ({}, ["_val_"]),
-    "validation shorter than a window": (dict(score_tokens=20), ["20 validation tokens", "32"]),
+    "validation shorter than a window": (dict(score_documents=1, seq_len=128), ["validation tokens", "128"]),
     "micro batch": (dict(micro_batch=3), ["micro_batch=3", "4"]),
     "resume of nothing": (dict(resume="runs/none"), ["runs/none"]),
     "recipe": (dict(recipe="pockett"), ["did you mean pocket"]),

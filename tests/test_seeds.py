@@ -18,7 +18,7 @@ import train_gpt
 from tools import seeds
 from tools.submission.stats import sample_std
 
-RUN = SMALL | dict(iterations=4, also="trained", score_tokens=400)
+RUN = SMALL | dict(iterations=4, also="trained", score_documents=5)
 
 
 def arguments(dataset: Path, *numbers: int, name: str = "s", **changes) -> list[str]:

@@ -411,10 +411,11 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     # in float32 a leak cannot hide in rounding, nor rounding look like a leak
     config = replace(
         config, data_path=args.data_path, tokenizer_path=str(beside) if beside.is_file() else "",
-        score_tokens=max(TEXT_TOKENS, args.span), compile="none", dtype="float32",
+        compile="none", dtype="float32",
     )  # fmt: skip
     ctx = replace(train_gpt.build_context(config, {}), log=Log(quiet=True))
     val = train_gpt.load_validation(config, ctx)
+    text = val.tokens[: max(TEXT_TOKENS, args.span)]
     if artifact.tokenizer != val.identity:
         raise ConfigError(f"the artifact was made with another tokenizer than {config.tokenizer_file}")
     model = train_gpt.build_eval_model(config, ctx)
@@ -424,12 +425,12 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
         return train_gpt.build_scorer(mode, model, config, ctx)
 
     probes = args.probes or (20 if scorer_class.adapts else 200)
-    span = val.tokens[: args.span or choose_span(build())]
+    span = text[: args.span or choose_span(build())]
     tokenizer = train_gpt.load_tokenizer(config.tokenizer_file).model
-    verdicts = audit(build, span, val.counter, tokenizer, probes, args.seed, val.tokens)
+    verdicts = audit(build, span, val.counter, tokenizer, probes, args.seed, text)
     return dict(
         verdict="violated" if any(v.violations for v in verdicts) else "holds", artifact=str(path),
-        artifact_sha256=artifact.sha256, mode=mode, span=len(span), text=len(val.tokens), seed=args.seed,
+        artifact_sha256=artifact.sha256, mode=mode, span=len(span), text=len(text), seed=args.seed,
         doc_attention=config.doc_attention, settings=small, device=str(ctx.device), dtype=config.dtype,
         torch=torch.__version__, seconds=round(time.perf_counter() - started, 1),
         rules=[dict(rule=v.rule, verdict=v.verdict) | asdict(v) for v in verdicts],

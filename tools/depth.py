@@ -2,7 +2,7 @@
 with tokens that leave early, each as soon as a repetition hardly changes its state.
 
     python -m tools.depth runs/ID/artifact.lg --data_path data/local --out depth.png
-    python -m tools.depth runs/ID/artifact.lg --depths 1 2 3 4 6 8 --exit 0.2 0.1 --score_tokens 16384 --json
+    python -m tools.depth runs/ID/artifact.lg --depths 1 2 3 4 6 8 --exit 0.2 0.1 --score_documents 50 --json
 
 An early exit is measured, not made: its depth is that of the scored tokens, and it has no seconds, since its tokens are
 only held still while the others go on. Everything runs uncompiled, so that all seconds compare. Operations are those of
@@ -193,7 +193,9 @@ def draw(report: Report, out: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = [f"--score_tokens={args.score_tokens}"] + [f"--data_path={args.data_path}"] * (args.data_path is not None)
+    options = [f"--score_documents={args.score_documents}"] + [f"--data_path={args.data_path}"] * (
+        args.data_path is not None
+    )
     taus = args.exit if args.exit is not None else [0.3, 0.2, 0.1, 0.05] if args.mode == "plain" else []
     if args.out:
         check_picture(args.out)
@@ -209,7 +211,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data_path", help="dataset folder [of the recipe for this machine]")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="R", help="[1 2 4 8 16]")
     parser.add_argument("--mode", choices=tuple(train_gpt.SCORERS), default="plain", help="[plain]")
-    parser.add_argument("--score_tokens", type=int, default=65536, metavar="N", help="0 for all [65536]")
+    parser.add_argument("--score_documents", type=int, default=184, metavar="N", help="0 for all [184]")
     parser.add_argument("--exit", type=float, nargs="*", metavar="TAU", help="relative changes below which a token "
                         "leaves, in plain windows [0.3 0.2 0.1 0.05]")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw it as well: .png, .svg or .pdf")

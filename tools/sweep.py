@@ -30,7 +30,7 @@ from tools.lib.runlog import RunError, read_result
 from tools.plot import GREY, check_picture, import_pyplot, name_points, save_picture
 from tools.submission.stats import mean, sample_std
 
-SHARED = ("data_path", "score_tokens", "score_mode")  # or nothing compares
+SHARED = ("data_path", "score_documents", "score_mode")  # or nothing compares
 
 
 @dataclass(frozen=True)

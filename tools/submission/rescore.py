@@ -57,8 +57,10 @@ def score_artifact(path: Path, log: TrainLog, data_path: Path, device: str) -> d
     """The result line of `train_gpt.py --score`. Stops as soon as the validation text turns out to be another one."""
     command = [sys.executable, str(SCRIPT), "--score", str(path), "--data_path", str(data_path), "--also", "none"]
     command += ["--tokenizer_path", str(path.parent / "tokenizer.model"), "--device", device]
+    if "score_tokens" in log.settings:
+        raise RunError(f"{log.who}: it was scored on so many tokens; this version counts documents (--score_documents)")
     # how much of the validation text is scored does not travel in the artifact
-    command += ["--score_tokens", log.settings.get("score_tokens", "0")]
+    command += ["--score_documents", log.settings.get("score_documents", "0")]
     expected = log.last("data", split="val").get("sha256")
     result: dict[str, str] = {}
     with subprocess.Popen(command, env=without_settings(), stdout=subprocess.PIPE, text=True) as child:
