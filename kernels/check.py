@@ -174,9 +174,11 @@ def check(case: Case) -> bool:
     pair = (compiled, torch.compile(case.plain, dynamic=False)) if case.has_gradients else (case.kernel, case.plain)
     ours_ms, plain_ms = (time_ms(function, inputs, case.has_gradients) for function in pair)
     factor, error, error_pytorch = worst
-    print(f"kernel name:{case.name} error:{error:.1e} error_pytorch:{error_pytorch:.1e} kernel_ms:{ours_ms:.3f} "
-          f"pytorch_ms:{plain_ms:.3f} ratio:{ours_ms / plain_ms:.2f} ok:{'yes' if factor <= MOST else 'no'}",
-          flush=True)  # fmt: skip
+    print(
+        f"kernel name:{case.name} error:{error:.1e} error_pytorch:{error_pytorch:.1e} kernel_ms:{ours_ms:.3f} "
+        f"pytorch_ms:{plain_ms:.3f} ratio:{ours_ms / plain_ms:.2f} ok:{'yes' if factor <= MOST else 'no'}",
+        flush=True,
+    )
     return factor <= MOST
 
 
@@ -185,8 +187,11 @@ def main() -> int:
     parser.parse_args()
     fault = "no usable CUDA device" if not torch.cuda.is_available() else "" if head.triton else "no triton"
     if fault:
-        print(f"error: {fault} on this machine, and kernels are checked on a GPU with CUDA and triton; without one "
-              f"run python -m pytest tests/test_kernels.py", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {fault} on this machine, and kernels are checked on a GPU with CUDA and triton; without one "
+            f"run python -m pytest tests/test_kernels.py",
+            file=sys.stderr,
+        )
         return 2
     torch.set_float32_matmul_precision("highest")  # truth is not computed with 10 bits
     torch.manual_seed(0)

@@ -42,9 +42,18 @@ if triton:
 
     @triton.jit
     def mlp_kernel(
-        left, right, hidden, out, rows, columns, depth,
-        BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
+        left,
+        right,
+        hidden,
+        out,
+        rows,
+        columns,
+        depth,
+        BACKWARD: tl.constexpr,
+        HEIGHT: tl.constexpr,
+        WIDTH: tl.constexpr,
+        DEPTH: tl.constexpr,
+    ):
         """relu(left right^T)^2, or backward left right * 2 sqrt(hidden); a program computes every n-th tile."""
         across = tl.cdiv(columns, WIDTH)
         tiles = across * tl.cdiv(rows, HEIGHT)
@@ -80,9 +89,17 @@ if triton:
         described = [None if t is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tiles]
         programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 2
         mlp_kernel[(min(programs, triton.cdiv(rows, height) * triton.cdiv(columns, width)),)](
-            *described, rows, columns, depth, BACKWARD=hidden is not None, HEIGHT=height, WIDTH=width, DEPTH=deep,
-            num_warps=8, num_stages=3,
-        )  # fmt: skip
+            *described,
+            rows,
+            columns,
+            depth,
+            BACKWARD=hidden is not None,
+            HEIGHT=height,
+            WIDTH=width,
+            DEPTH=deep,
+            num_warps=8,
+            num_stages=3,
+        )
         return out
 
     # opaque to torch.compile; the schemas are written out because packing strips hints

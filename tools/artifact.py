@@ -73,12 +73,16 @@ def show(path: Path, picture: Path | None) -> None:
     print(f"{'tensor':<24}{'shape':>12}{'bits':>6}{'k':>8}{'entropy':>9}{'bytes':>12}{'share':>8}")
     for row in rows:
         k = f"{row.k:.2f}" if row.k else "-"
-        print(f"{row.name:<24}{row.shape:>12}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
-              f"{row.bytes / total:>8.1%}")  # fmt: skip
+        print(
+            f"{row.name:<24}{row.shape:>12}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
+            f"{row.bytes / total:>8.1%}"
+        )
     for number, stream in enumerate(artifact.streams):
         print(f"stream {number} codec:{stream.codec} bytes:{stream.bytes} raw_bytes:{stream.raw_bytes}")
-    print(f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
-          f"sha256:{artifact.sha256}")  # fmt: skip
+    print(
+        f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
+        f"sha256:{artifact.sha256}"
+    )
     if picture:
         draw_shares(rows, path, picture)
         print(f"picture path:{picture}")
@@ -118,8 +122,10 @@ def size(path: Path, code: Path | None, limit: int) -> int:
     artifact_bytes = train_gpt.load_artifact(path).size
     code_bytes = code.stat().st_size if code else train_gpt.Config().code_reserve
     total = artifact_bytes + code_bytes
-    print(f"size code_bytes:{code_bytes} artifact_bytes:{artifact_bytes} total_bytes:{total} limit:{limit} "
-          f"left:{limit - total} fits:{'yes' if total <= limit else 'no'}")  # fmt: skip
+    print(
+        f"size code_bytes:{code_bytes} artifact_bytes:{artifact_bytes} total_bytes:{total} limit:{limit} "
+        f"left:{limit - total} fits:{'yes' if total <= limit else 'no'}"
+    )
     return 0 if total <= limit else 3
 
 

@@ -246,8 +246,13 @@ class Auditor:
             for verdict in (causal, update) if self.adapts else (causal,):
                 verdict.probes += 1
                 if len(changed):
-                    verdict.fault(what="scores depend on later tokens", changed_from=at, first=int(changed[0]),
-                                  last=int(changed[-1]), scores=len(changed))  # fmt: skip
+                    verdict.fault(
+                        what="scores depend on later tokens",
+                        changed_from=at,
+                        first=int(changed[0]),
+                        last=int(changed[-1]),
+                        scores=len(changed),
+                    )
         causal.what = f"passes with other tokens from some position on; {compared:,} earlier distributions compared"
 
     def probe_lengths(self, tokens: Tensor) -> None:
@@ -296,8 +301,12 @@ class Auditor:
             changed = find_changes(ours, theirs, self.tolerance).nonzero().flatten()
             verdict.probes, compared = verdict.probes + 1, compared + len(tokens) - start - 1
             if len(changed):
-                verdict.fault(what="scores depend on earlier documents", document_at=start,
-                              first=start + 1 + int(changed[0]), scores=len(changed))  # fmt: skip
+                verdict.fault(
+                    what="scores depend on earlier documents",
+                    document_at=start,
+                    first=start + 1 + int(changed[0]),
+                    scores=len(changed),
+                )
         verdict.what = f"embeddings and passes behind other documents; {compared:,} distributions behind them compared"
 
 
@@ -372,8 +381,10 @@ def audit(
         reference = auditor.score(tokens, watch=True)
         again = auditor.score(tokens)
         if len(changed := find_changes(reference.rows, again.rows, 0.0).nonzero()):
-            raise AuditError(f"two passes over the same tokens differ from position {int(changed[0])} on, so nothing "
-                             "can be compared bit for bit; audit on a device that repeats itself")  # fmt: skip
+            raise AuditError(
+                f"two passes over the same tokens differ from position {int(changed[0])} on, so nothing "
+                "can be compared bit for bit; audit on a device that repeats itself"
+            )
         if auditor.adapts and not auditor.learnt:
             raise AuditError(f"span={len(tokens)}: no weight was ever adapted in it; raise --span")
         auditor.probe_causality(tokens, reference, probes)
@@ -382,8 +393,9 @@ def audit(
         check_bytes(verdicts["bytes"], tokens if text is None else text, config.bos_id, counter, tokenizer)
     whole = counter.count(tokens[:-1].numpy(), tokens[1:].numpy())
     if int(reference.sums[2]) != whole and not verdicts["once"].violations:
-        verdicts["bytes"].fault(what="the meter does not count what its tokens count", meter=int(reference.sums[2]),
-                                counted=whole)  # fmt: skip
+        verdicts["bytes"].fault(
+            what="the meter does not count what its tokens count", meter=int(reference.sums[2]), counted=whole
+        )
     verdicts["normalized"].what = "distributions summed"
     adapted = f"passes and comparisons of weights; {auditor.learnt} observations moved them"
     verdicts["score-before-update"].what = adapted if auditor.adapts else "comparisons of weights: nothing adapts"
@@ -410,9 +422,13 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     config = replace(config, score_mode=mode, **small)
     # in float32 a leak cannot hide in rounding, nor rounding look like a leak
     config = replace(
-        config, data_path=args.data_path, tokenizer_path=str(beside) if beside.is_file() else "",
-        score_tokens=max(TEXT_TOKENS, args.span), compile="none", dtype="float32",
-    )  # fmt: skip
+        config,
+        data_path=args.data_path,
+        tokenizer_path=str(beside) if beside.is_file() else "",
+        score_tokens=max(TEXT_TOKENS, args.span),
+        compile="none",
+        dtype="float32",
+    )
     ctx = replace(train_gpt.build_context(config, {}), log=Log(quiet=True))
     val = train_gpt.load_validation(config, ctx)
     if artifact.tokenizer != val.identity:
@@ -428,17 +444,28 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     tokenizer = train_gpt.load_tokenizer(config.tokenizer_file).model
     verdicts = audit(build, span, val.counter, tokenizer, probes, args.seed, val.tokens)
     return dict(
-        verdict="violated" if any(v.violations for v in verdicts) else "holds", artifact=str(path),
-        artifact_sha256=artifact.sha256, mode=mode, span=len(span), text=len(val.tokens), seed=args.seed,
-        doc_attention=config.doc_attention, settings=small, device=str(ctx.device), dtype=config.dtype,
-        torch=torch.__version__, seconds=round(time.perf_counter() - started, 1),
+        verdict="violated" if any(v.violations for v in verdicts) else "holds",
+        artifact=str(path),
+        artifact_sha256=artifact.sha256,
+        mode=mode,
+        span=len(span),
+        text=len(val.tokens),
+        seed=args.seed,
+        doc_attention=config.doc_attention,
+        settings=small,
+        device=str(ctx.device),
+        dtype=config.dtype,
+        torch=torch.__version__,
+        seconds=round(time.perf_counter() - started, 1),
         rules=[dict(rule=v.rule, verdict=v.verdict) | asdict(v) for v in verdicts],
-    )  # fmt: skip
+    )
 
 
 def show(report: dict) -> None:
-    print(f"audit mode:{report['mode']} span:{report['span']} seconds:{report['seconds']} "
-          f"artifact_sha256:{report['artifact_sha256']}")  # fmt: skip
+    print(
+        f"audit mode:{report['mode']} span:{report['span']} seconds:{report['seconds']} "
+        f"artifact_sha256:{report['artifact_sha256']}"
+    )
     for rule in report["rules"]:
         print(f"{rule['rule']:<21}{rule['verdict']:<10}{rule['probes']:>9,} {rule['what']}")
         for found in rule["examples"]:

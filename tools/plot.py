@@ -34,8 +34,13 @@ from tools.lib.runlog import RunError, read_log, read_result
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#8A8A8A"
 STAGES = {"trained": "last weights", "averaged": "master weights", **{mode: mode for mode in train_gpt.SCORERS}}
-PARTS = {"core": "shared matrices", "edge": "other matrices", "embed": "token embedding", "table": "tables",
-         "vector": "vectors, steps"}  # fmt: skip
+PARTS = {
+    "core": "shared matrices",
+    "edge": "other matrices",
+    "embed": "token embedding",
+    "table": "tables",
+    "vector": "vectors, steps",
+}
 
 
 def import_pyplot():
@@ -81,8 +86,9 @@ def name_points(axes, points: list, names: list[str], others: Sequence = (), is_
         found: list = []
         for dx, dy in sides:
             ha, va = "left" if dx > 0 else "right", "bottom" if dy > 0 else "top"
-            label = axes.annotate(name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center",
-                                  **style)  # fmt: skip
+            label = axes.annotate(
+                name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center", **style
+            )
             box = label.get_window_extent()
             cost = box.count_overlaps(taken) + 2 * (box.x0 < frame.x0 or box.x1 > frame.x1)
             found.append((cost, len(found), label, box))
@@ -115,8 +121,15 @@ def load_run(folder: Path, color: str) -> Run:
     model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
     model.load_state_dict(artifact.tensors)
     # a resumed run repeats steps: the later line counts
-    return Run(folder.name, color, result, list(steps.values()), config["batch_tokens"],
-               count_bytes(artifact, model, int(result["code_bytes"])), measure_stream(model, config))  # fmt: skip
+    return Run(
+        name=folder.name,
+        color=color,
+        result=result,
+        steps=list(steps.values()),
+        batch_tokens=config["batch_tokens"],
+        bytes_by_part=count_bytes(artifact, model, int(result["code_bytes"])),
+        stream=measure_stream(model, config),
+    )
 
 
 def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
@@ -188,8 +201,15 @@ def plot_stages(axes, runs: list[Run]) -> None:
         axes.scatter(scores[final], names.index(final), s=160, facecolors="none", edgecolors=run.color, linewidths=1.5)
         for name, value in scores.items():
             if len(runs) == 1:  # of several runs, the numbers stand beside their names
-                axes.annotate(f"{value:.4f}", (value, names.index(name)), (0, 9), textcoords="offset points",
-                              ha="center", fontsize=8, color=run.color)  # fmt: skip
+                axes.annotate(
+                    f"{value:.4f}",
+                    (value, names.index(name)),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=run.color,
+                )
     axes.set_yticks(range(len(names)), [STAGES[name] for name in names])
     axes.set_ylim(len(names) - 0.5, -0.7)
     axes.margins(x=0.15)
@@ -244,8 +264,10 @@ def draw(folders: list[Path], out: Path) -> Path:
         r = run.result
         text = f"{run.name}\n{float(r['val_bpb']):.4f} bits per byte ({r['score_mode']}), {int(r['steps']):,} steps"
         if len(runs) <= 3:  # there is room
-            text += (f"\n{int(r['tokens']):,} tokens in {float(r['train_s']):.0f} s\n"
-                     f"{float(r['eval_s']):.0f} s to score\n{int(r['total_bytes']):,} bytes with code")  # fmt: skip
+            text += (
+                f"\n{int(r['tokens']):,} tokens in {float(r['train_s']):.0f} s\n"
+                f"{float(r['eval_s']):.0f} s to score\n{int(r['total_bytes']):,} bytes with code"
+            )
         top = 1 - index / max(len(runs), 3)
         grid[1, 2].text(0, top, text, color=run.color, va="top", fontsize=10, transform=grid[1, 2].transAxes)
     save_picture(figure, out)
