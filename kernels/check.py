@@ -54,8 +54,8 @@ def draw_matrices(*shape: int) -> list[Tensor]:
     return [torch.randn(shape).bfloat16()]
 
 
-def draw_latent(*shape: int) -> list[Tensor]:
-    """Latents are float32 in every run; what is written has the dtype of the model."""
+def draw_weights(*shape: int) -> list[Tensor]:
+    """Master weights are float32 in every run; what is written has the dtype of the model."""
     return [torch.randn(shape), torch.empty(shape, dtype=torch.bfloat16)]
 
 
@@ -82,7 +82,7 @@ def build_cases() -> list[Case]:
         Case("newton_schulz", advance_with(newton_schulz.advance_triton), advance_with(newton_schulz.advance_ref),
              ((8, 1024, 2048), (3, 1024, 1024), (66, 391, 261)), draw_matrices, False),
         Case("rounding", round_with(rounding.round_to_grid_triton), round_with(rounding.round_to_grid_ref),
-             ((2048, 1024), (77, 131)), draw_latent, False),
+             ((2048, 1024), (77, 131)), draw_weights, False),
     ]  # fmt: skip
     if mlp.has_room(torch.device("cuda")):
         cases += [Case("mlp", mlp.mlp_triton, mlp.mlp_ref, ((65536, 1024, 2048), (1001, 136, 1000)), draw_mlp, True)]

@@ -66,7 +66,7 @@ if triton:
                 else:
                     factor = right.load([column, k]).T
                 total = tl.dot(left.load([row, k]), factor, total, input_precision="ieee")
-            # in halves, or the tiles on their way out and in would not fit into shared memory beside those of the loop
+            # in halves, or the tiles on their way out and in would not fit into shared memory with those of the loop
             halves = tl.split(total.reshape(HEIGHT, 2, WIDTH // 2).permute(0, 2, 1))
             for side in tl.static_range(2):
                 half, at = halves[side], [row, column + side * (WIDTH // 2)]

@@ -11,7 +11,7 @@ span of validation text, changes what must not matter, and compares what comes o
 With a mixture of experts the comparisons leave room for rounding: tokens of one expert are rows of one product, so its
 shape depends on all tokens.
 
-A verdict per rule is printed and written to audit.json beside the artifact; exit code 4 when a rule is violated.
+A verdict per rule is printed and written to audit.json next to the artifact; exit code 4 when a rule is violated.
 
 Examples:
     python -m tools.audit runs/ID
@@ -48,13 +48,13 @@ SUM_TOLERANCE = 1e-4  # float32 log-softmax over some thousand ids
 # where documents move to other rows of a batch, or other tokens go to an expert, the same sums are taken in blocks of
 # another shape
 LAYOUT_TOLERANCE = 1e-4
-EMBEDDED = 32  # tokens before and behind a document boundary whose embeddings are compared
+EMBEDDED = 32  # tokens before and after a document boundary whose embeddings are compared
 KEPT_FAULTS = 20  # examples of a violation in the report
 TEXT_TOKENS = 1 << 20  # validation tokens whose bytes are compared with the text
 
 
 class AuditError(Stop):
-    """An audit that would prove nothing: one line that says why and how to mend it."""
+    """An audit that would prove nothing: one line that says why and how to fix it."""
 
 
 @dataclass
@@ -170,7 +170,7 @@ def move_documents(tokens: Tensor, bos_id: int, vocab_size: int, generator: torc
 
 
 def find_edges(tracks: list[list[list[Window]]], seq_len: int, n_tokens: int) -> list[int]:
-    """Positions at and beside the ends of windows, and of the blocks in which they are computed."""
+    """Positions at and next to the ends of windows, and of the blocks in which they are computed."""
     edges = set()
     for w in (window for track in tracks for chunk in track for window in chunk):
         edges |= {w.first, w.stop, *range(w.start, w.stop, seq_len), *range(w.start, w.stop, min(128, seq_len))}
@@ -263,7 +263,7 @@ class Auditor:
         self.verdicts["once"].what = "passes in which every target was counted, over texts of many lengths"
 
     def probe_embeddings(self, tokens: Tensor, probes: int) -> None:
-        """What a document's first tokens look like to the model, behind other tokens."""
+        """What a document's first tokens look like to the model, after other tokens."""
         verdict, config, reach = self.verdicts["documents"], self.config, EMBEDDED
         model: Any = self.build().model
         starts = torch.randint(len(tokens) - 2 * reach, (probes, 1), generator=self.generator)
@@ -414,7 +414,7 @@ def choose_span(scorer: WindowScorer) -> int:
 def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     artifact = train_gpt.load_artifact(path)
-    beside = path.with_name("tokenizer.model")
+    own_tokenizer = path.with_name("tokenizer.model")
     config = train_gpt.config_from_stored(artifact.stored)
     mode = args.mode or config.score_mode
     scorer_class = train_gpt.find_scorer(mode)
@@ -424,7 +424,7 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     config = replace(
         config,
         data_path=args.data_path,
-        tokenizer_path=str(beside) if beside.is_file() else "",
+        tokenizer_path=str(own_tokenizer) if own_tokenizer.is_file() else "",
         score_tokens=max(TEXT_TOKENS, args.span),
         compile="none",
         dtype="float32",
@@ -494,7 +494,7 @@ def build_parser() -> Parser:
     parser.add_argument("--probes", type=int, default=0, help="passes for causality (0: 200, or 20 where it adapts)")
     parser.add_argument("--span", type=int, default=0, help="validation tokens in a pass (0: a few windows)")
     parser.add_argument("--seed", type=int, default=0, help="seed of positions and replaced tokens")
-    parser.add_argument("--out", type=Path, help="where the report goes (default: audit.json beside the artifact)")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: audit.json next to the artifact)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 

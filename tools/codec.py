@@ -208,9 +208,9 @@ def unpack_file(content: bytes) -> tuple[dict, bytes]:
 
 
 def check_same(header: dict, here: dict) -> None:
-    for name, mend in SAME.items():
+    for name, fix in SAME.items():
         if header[name] != here[name]:
-            raise InputError(f"coded with {name} {header[name]}, here it is {here[name]}; {mend}")
+            raise InputError(f"coded with {name} {header[name]}, here it is {here[name]}; {fix}")
 
 
 # --- commands

@@ -50,14 +50,14 @@ class Report:
     plan: str
     mode: str
     default_r: int  # what the artifact is scored with if nothing else is said
-    trained_r: int  # the deepest that has rows of its own in the per-pass tables
+    trained_r: int  # the deepest that has its own rows in the per-pass tables
     tokens: int
     bytes: int
     points: list[Point]
 
 
 class ExitMeter(BpbMeter):
-    """Also sums the depths of scored tokens. In plain windows a target stands right behind its input, and the inputs
+    """Also sums the depths of scored tokens. In plain windows a target stands right after its input, and the inputs
     fill rows of seq_len without a gap; what pads the last row is not counted."""
 
     def __init__(self, counter: ByteCounter, early: EarlyExit, length: int):

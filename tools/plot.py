@@ -1,5 +1,5 @@
 """Draws runs: loss against time and tokens with the schedule, bits per byte after each stage, where the bytes of the
-file go, and how large the residual stream is behind every pass.
+file go, and how large the residual stream is after every pass.
 
     python -m tools.plot runs/ID                                 writes runs/ID/report.png
     python -m tools.plot runs/A runs/B runs/C --out compare.png  one colour per run
@@ -71,8 +71,8 @@ def save_picture(figure, out: Path, dpi: int = 120) -> None:
 
 
 def name_points(axes, points: list, names: list[str], others: Sequence = (), is_beside: bool = True, **style) -> None:
-    """Each name where it covers neither a name nor a point of either list: rather beside its point than above or below,
-    or the other way round. For when all else is drawn."""
+    """Each name where it covers neither a name nor a point of either list: better next to its point than above or
+    below, or the other way round. For when all else is drawn."""
     from matplotlib.patheffects import withStroke
 
     style |= dict(textcoords="offset points", parse_math=False, path_effects=[withStroke(linewidth=2, foreground="w")])
@@ -153,7 +153,7 @@ def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int)
 
 @torch.no_grad()
 def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
-    """Root mean square of the residual stream behind every pass, over one batch of validation text."""
+    """Root mean square of the residual stream after every pass, over one batch of validation text."""
     try:
         stream = TokenStream(config["data_path"], "val", config["vocab_size"])
     except (DataError, OSError):
@@ -200,7 +200,7 @@ def plot_stages(axes, runs: list[Run]) -> None:
         final = run.result["score_mode"]
         axes.scatter(scores[final], names.index(final), s=160, facecolors="none", edgecolors=run.color, linewidths=1.5)
         for name, value in scores.items():
-            if len(runs) == 1:  # of several runs, the numbers stand beside their names
+            if len(runs) == 1:  # of several runs, the numbers stand next to their names
                 axes.annotate(
                     f"{value:.4f}",
                     (value, names.index(name)),

@@ -3,7 +3,7 @@
     python -m tools.sweep abcd abcdabc '(ab)*4' --out plans.png -- --recipe pocket --iterations 400
     python -m tools.sweep abcdabc 'ab(^cd)*rgh --skips none --sample_depth' --seeds 1337 42 -- --recipe pocket
 
-A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. Where other
+A plan may bring its own options of train_gpt.py, in the same quotes; those of all plans come after --. Where other
 work disturbs the clock, equal time is better given as steps (--iterations in the quotes, from tools.bench --against).
 What is finished is skipped and what was interrupted goes on: after Ctrl-C, type the same line again.
 """
@@ -171,7 +171,7 @@ def find_options(row: Row) -> set[str]:
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.sweep", description=__doc__)
-    parser.add_argument("plans", nargs="+", metavar="PLAN", help="a loop plan, with options of its own behind it")
+    parser.add_argument("plans", nargs="+", metavar="PLAN", help="a loop plan, followed by its own options")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], metavar="N", help="seeds of every plan [1337]")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, by torchrun [1]")
     parser.add_argument("--name", default="sweep", help="runs are called NAME-LETTERS-DIGEST-seedN [sweep]")

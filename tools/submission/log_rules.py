@@ -128,7 +128,7 @@ def differing_facts(first: TrainLog, log: TrainLog) -> Found:
 
 @rule
 def seeds(entry: Entry) -> Found:
-    """As many different seeds as the track asks for, each with a log of its own, the same as in submission.json."""
+    """As many different seeds as the track asks for, each with its own log, the same as in submission.json."""
     wanted = 3 if entry.ours and not entry.track else entry.track_or_any.seeds
     logged = [log.seed for log in entry.logs]
     known = sorted(seed for seed in logged if seed is not None)
