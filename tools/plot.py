@@ -137,18 +137,24 @@ def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int)
     specs = collect_specs(model)
     weights: list[dict[str, float]] = [defaultdict(float) for _ in STREAMS]
     for name, described in artifact.layout.items():
-        for stored_name, tensor in described.stored(name).items():
-            values = artifact.raw[stored_name]
-            if tensor.dtype == torch.int8:
-                weights[0][PARTS[specs[name].role]] += compute_entropy(values) * values.numel()
-            else:
-                weights[1][PARTS["vector"]] += values.numel()
+        role = specs[name].role
+        for number, (stored_name, tensor) in enumerate(described.stored(name).items()):
+            # what a format stores besides its first tensor are the steps of its grid
+            part = PARTS.get(role, role) if number == 0 else PARTS["vector"]
+            weights[STREAMS.index(tensor.dtype)][part] += measure_bytes(artifact.raw[stored_name])
     found: dict[str, float] = defaultdict(float, code=code_bytes)
     for stream, parts in zip(artifact.streams, weights):
         for part, weight in parts.items():
             found[part] += stream.bytes * weight / sum(parts.values())
     found["header"] = artifact.size + code_bytes - sum(found.values())
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def measure_bytes(stored: torch.Tensor) -> float:
+    """Bytes of a stored tensor: of codes as many as their entropy needs."""
+    if stored.dtype != torch.int8:
+        return float(stored.numel() * stored.dtype.itemsize)
+    return compute_entropy(stored) * stored.numel() / 8 if stored.numel() else 0.0
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def name_rows(rows: list[Row]) -> list[str]:
     for row in rows:
         own = find_options(row)
         others = [find_options(r) for r in rows if r.plan == row.plan and r is not row]
-        extra = sorted(own - set.intersection(*others)) if others else []
+        extra = sorted(option for option in own if not all(option in theirs for theirs in others))
         names.append("\n".join([row.plan, *extra]))
     return names
 
