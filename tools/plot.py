@@ -107,7 +107,6 @@ class Run:
     color: str
     result: dict[str, str]
     steps: list[dict[str, float]]
-    batch_tokens: int
     bytes_by_part: dict[str, float]
     stream: list[float]
 
@@ -115,8 +114,8 @@ class Run:
 def load_run(folder: Path, color: str) -> Run:
     result = read_result(folder)
     lines = [line.values for line in read_log(folder) if line.event == "train"]
-    steps = {int(line["step"]): {key: float(value) for key, value in line.items()} for line in lines}
     config = json.loads((folder / "result.json").read_text())["config"]
+    steps = {int(line["step"]): read_step(line, config["batch_tokens"]) for line in lines}
     artifact = train_gpt.load_artifact(folder / "artifact.lg")
     model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
     model.load_state_dict(artifact.tensors)
@@ -126,10 +125,16 @@ def load_run(folder: Path, color: str) -> Run:
         color=color,
         result=result,
         steps=list(steps.values()),
-        batch_tokens=config["batch_tokens"],
         bytes_by_part=count_bytes(artifact, model, int(result["code_bytes"])),
         stream=measure_stream(model, config),
     )
+
+
+def read_step(line: dict[str, str], batch_tokens: int) -> dict[str, float]:
+    """The numbers of a train line. Older logs tell no tokens: there every step took as many."""
+    values = {key: float(value) for key, value in line.items()}
+    values.setdefault("tokens", values["step"] * batch_tokens)
+    return values
 
 
 def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
@@ -176,10 +181,11 @@ def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
     return sizes
 
 
-def plot_loss(axes, runs: list[Run], x: str, label: str) -> None:
+def plot_loss(axes, runs: list[Run], x: str, label: str, unit: float = 1.0) -> None:
+    """`x`: the number of a train line that is drawn to the right, in units of `unit`."""
     rate, tops = axes.twinx(), []
     for run in runs:
-        places = [step["train_s"] if x == "train_s" else step["step"] * run.batch_tokens / 1e6 for step in run.steps]
+        places = [step[x] / unit for step in run.steps]
         losses = [step["train_loss"] for step in run.steps]
         near = [losses[max(0, i - 2) : i + 3] for i in range(len(losses))]
         smooth = [sum(part) / len(part) for part in near]
@@ -255,7 +261,7 @@ def draw(folders: list[Path], out: Path) -> Path:
     has_stream = any(run.stream for run in runs)
     figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained", width_ratios=(3, 3, 2.4))
     plot_loss(grid[0, 0], runs, "train_s", "training time (s)")
-    plot_loss(grid[0, 1], runs, "tokens", "training tokens (millions)")
+    plot_loss(grid[0, 1], runs, "tokens", "training tokens (millions)", unit=1e6)
     plot_stages(grid[1, 0], runs)
     plot_bytes(grid[1, 1], runs)
     if has_stream:
