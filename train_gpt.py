@@ -1321,9 +1321,15 @@ def log_step(config: Config, ctx: RunContext, at: Position, loss: float, setting
         return
     rate = round(settings.batch_tokens / at.step_s)
     ctx.log(
-        "train", step=at.step, train_loss=loss, lr_scale=settings.lr_scale, train_s=at.used_s,
-        step_ms=1000 * at.step_s, tokens_per_s=rate,
-    )  # fmt: skip
+        "train",
+        step=at.step,
+        tokens=at.tokens,
+        train_loss=loss,
+        lr_scale=settings.lr_scale,
+        train_s=at.used_s,
+        step_ms=1000 * at.step_s,
+        tokens_per_s=rate,
+    )
 
 
 def is_power_of_two(number: int) -> bool:

@@ -1,8 +1,8 @@
 """The shard format: 256 little-endian int32 header words (magic, version, token count, zeros), uint16 tokens; and the
 shards of a split as one stream of tokens.
 
-It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted code and
-needs numpy only; what a training run does not use is not packed.
+It is the challenge's own format, so published shards drop in unchanged. This module ships inside the counted code; what
+a training run does not use is not packed. It needs numpy, and torch by way of loopgolf.runtime, which writes its files.
 """
 
 import hashlib

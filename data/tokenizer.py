@@ -226,7 +226,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class ShardWriter:
-    """Collects the tokens of one split and writes each shard that is full, cutting documents as needed."""
+    """Gathers the tokens of one split and writes each shard that is full, cutting documents as needed."""
 
     def __init__(self, folder: Path, name: str, split: str, shard_tokens: int) -> None:
         self.folder, self.prefix, self.shard_tokens = folder, f"{name}_{split}", shard_tokens

@@ -1,1 +1,1 @@
-"""Heavy operations, one per file: each beside its plain PyTorch form, so that everything runs without a GPU."""
+"""Heavy operations, one per file: each next to its plain PyTorch form, so that everything runs without a GPU."""

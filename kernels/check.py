@@ -54,8 +54,8 @@ def draw_matrices(*shape: int) -> list[Tensor]:
     return [torch.randn(shape).bfloat16()]
 
 
-def draw_latent(*shape: int) -> list[Tensor]:
-    """Latents are float32 in every run; what is written has the dtype of the model."""
+def draw_weights(*shape: int) -> list[Tensor]:
+    """Master weights are float32 in every run; what is written has the dtype of the model."""
     return [torch.randn(shape), torch.empty(shape, dtype=torch.bfloat16)]
 
 
@@ -82,7 +82,7 @@ def build_cases() -> list[Case]:
         Case("newton_schulz", advance_with(newton_schulz.advance_triton), advance_with(newton_schulz.advance_ref),
              ((8, 1024, 2048), (3, 1024, 1024), (66, 391, 261)), draw_matrices, False),
         Case("rounding", round_with(rounding.round_to_grid_triton), round_with(rounding.round_to_grid_ref),
-             ((2048, 1024), (77, 131)), draw_latent, False),
+             ((2048, 1024), (77, 131)), draw_weights, False),
     ]  # fmt: skip
     if mlp.has_room(torch.device("cuda")):
         cases += [Case("mlp", mlp.mlp_triton, mlp.mlp_ref, ((65536, 1024, 2048), (1001, 136, 1000)), draw_mlp, True)]
@@ -174,9 +174,11 @@ def check(case: Case) -> bool:
     pair = (compiled, torch.compile(case.plain, dynamic=False)) if case.has_gradients else (case.kernel, case.plain)
     ours_ms, plain_ms = (time_ms(function, inputs, case.has_gradients) for function in pair)
     factor, error, error_pytorch = worst
-    print(f"kernel name:{case.name} error:{error:.1e} error_pytorch:{error_pytorch:.1e} kernel_ms:{ours_ms:.3f} "
-          f"pytorch_ms:{plain_ms:.3f} ratio:{ours_ms / plain_ms:.2f} ok:{'yes' if factor <= MOST else 'no'}",
-          flush=True)  # fmt: skip
+    print(
+        f"kernel name:{case.name} error:{error:.1e} error_pytorch:{error_pytorch:.1e} kernel_ms:{ours_ms:.3f} "
+        f"pytorch_ms:{plain_ms:.3f} ratio:{ours_ms / plain_ms:.2f} ok:{'yes' if factor <= MOST else 'no'}",
+        flush=True,
+    )
     return factor <= MOST
 
 
@@ -185,8 +187,11 @@ def main() -> int:
     parser.parse_args()
     fault = "no usable CUDA device" if not torch.cuda.is_available() else "" if head.triton else "no triton"
     if fault:
-        print(f"error: {fault} on this machine, and kernels are checked on a GPU with CUDA and triton; without one "
-              f"run python -m pytest tests/test_kernels.py", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {fault} on this machine, and kernels are checked on a GPU with CUDA and triton; without one "
+            f"run python -m pytest tests/test_kernels.py",
+            file=sys.stderr,
+        )
         return 2
     torch.set_float32_matmul_precision("highest")  # truth is not computed with 10 bits
     torch.manual_seed(0)

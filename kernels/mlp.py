@@ -42,9 +42,18 @@ if triton:
 
     @triton.jit
     def mlp_kernel(
-        left, right, hidden, out, rows, columns, depth,
-        BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
+        left,
+        right,
+        hidden,
+        out,
+        rows,
+        columns,
+        depth,
+        BACKWARD: tl.constexpr,
+        HEIGHT: tl.constexpr,
+        WIDTH: tl.constexpr,
+        DEPTH: tl.constexpr,
+    ):
         """relu(left right^T)^2, or backward left right * 2 sqrt(hidden); a program computes every n-th tile."""
         across = tl.cdiv(columns, WIDTH)
         tiles = across * tl.cdiv(rows, HEIGHT)
@@ -57,7 +66,7 @@ if triton:
                 else:
                     factor = right.load([column, k]).T
                 total = tl.dot(left.load([row, k]), factor, total, input_precision="ieee")
-            # in halves, or the tiles on their way out and in would not fit into shared memory beside those of the loop
+            # in halves, or the tiles on their way out and in would not fit into shared memory with those of the loop
             halves = tl.split(total.reshape(HEIGHT, 2, WIDTH // 2).permute(0, 2, 1))
             for side in tl.static_range(2):
                 half, at = halves[side], [row, column + side * (WIDTH // 2)]
@@ -80,9 +89,17 @@ if triton:
         described = [None if t is None else TensorDescriptor.from_tensor(t, tile) for t, tile in tiles]
         programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 2
         mlp_kernel[(min(programs, triton.cdiv(rows, height) * triton.cdiv(columns, width)),)](
-            *described, rows, columns, depth, BACKWARD=hidden is not None, HEIGHT=height, WIDTH=width, DEPTH=deep,
-            num_warps=8, num_stages=3,
-        )  # fmt: skip
+            *described,
+            rows,
+            columns,
+            depth,
+            BACKWARD=hidden is not None,
+            HEIGHT=height,
+            WIDTH=width,
+            DEPTH=deep,
+            num_warps=8,
+            num_stages=3,
+        )
         return out
 
     # opaque to torch.compile; the schemas are written out because packing strips hints

@@ -45,9 +45,19 @@ if triton:
 
     @triton.jit
     def symmetric_kernel(
-        x, out, rows, columns, batch_stride, row_stride, column_stride, alpha, beta,
-        SIZE: tl.constexpr, DEPTH: tl.constexpr, HAS_ADDEND: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        out,
+        rows,
+        columns,
+        batch_stride,
+        row_stride,
+        column_stride,
+        alpha,
+        beta,
+        SIZE: tl.constexpr,
+        DEPTH: tl.constexpr,
+        HAS_ADDEND: tl.constexpr,
+    ):
         """One tile of alpha x x^T + beta x, and its mirror image."""
         if tl.program_id(1) > tl.program_id(0):
             return
@@ -81,9 +91,19 @@ if triton:
         size = 128 if n * (rows // 128) ** 2 >= 256 else 64
         tiles = triton.cdiv(rows, size)
         symmetric_kernel[(tiles, tiles, n)](
-            x, out, rows, columns, *x.stride(), alpha, beta,
-            SIZE=size, DEPTH=64, HAS_ADDEND=beta != 0, num_warps=size // 16, num_stages=3,
-        )  # fmt: skip
+            x,
+            out,
+            rows,
+            columns,
+            *x.stride(),
+            alpha,
+            beta,
+            SIZE=size,
+            DEPTH=64,
+            HAS_ADDEND=beta != 0,
+            num_warps=size // 16,
+            num_stages=3,
+        )
         return out
 
     def advance_triton(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ KeysValues = tuple[Tensor, Tensor]  # (B, L, heads, K) both
 
 class Cache:
     """Tokens of the last window + 1 positions (smear and bigram look back on two), keys and values of the last window.
-    Repetitions of the *r group up to `repetitions` have keys and values of their own; deeper ones share those of the
+    Repetitions of the *r group up to `repetitions` have their own keys and values; deeper ones share those of the
     last, so that 1 keeps those of the final repetition only."""
 
     def __init__(self, window: int, repetitions: int = 256):

@@ -44,12 +44,12 @@ def encode_matrices(matrices: list[Tensor]) -> bytes:
     words = []
     for piece in reversed(index.split(len(states))):  # last symbol first: the decoder runs the other way
         x, f = states[: len(piece)], freqs.take(piece.long())
-        full = x >= f << (32 - TABLE_BITS)
+        full = x >= (f << (32 - TABLE_BITS))
         words.append(x[full].to(torch.int16))
         x = torch.where(full, x >> 16, x)
-        states[: len(piece)] = (x // f << TABLE_BITS) + x % f + starts.take(piece.long())
+        states[: len(piece)] = ((x // f) << TABLE_BITS) + x % f + starts.take(piece.long())
     side = compress_side(b"".join(sides))
-    states = torch.where(states < 1 << 31, states, states - (1 << 32)).int()
+    states = torch.where(states < (1 << 31), states, states - (1 << 32)).int()  # the same 32 bits, signed
     rest = struct.pack("<I", len(side)) + side + states.numpy().tobytes() + torch.cat(words[::-1]).numpy().tobytes()
     return struct.pack("<I", zlib.crc32(rest)) + rest
 
@@ -59,7 +59,8 @@ def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
         if data:
             raise ValueError("bytes after the last matrix")
         return []
-    lanes = count_lanes(total := sum(rows * columns for rows, columns in shapes))
+    total = sum(rows * columns for rows, columns in shapes)
+    lanes = count_lanes(total)
     if len(data) < 8 + 4 * lanes or struct.unpack("<I", data[:4])[0] != zlib.crc32(data[4:]):
         raise ValueError("codes are truncated or changed")
     side_end = 8 + struct.unpack("<I", data[4:8])[0]
@@ -68,18 +69,21 @@ def decode_matrices(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
         raise ValueError("states are cut short")
     labels, freqs, sizes = read_side(data[8:side_end], shapes)
     states = torch.frombuffer(bytearray(data[side_end:words_at]), dtype=torch.int32).long() & 0xFFFFFFFF
-    # a step reads at most one word per lane, so with this much room behind them no step reads past the end;
+    # a step reads at most one word per lane, so with this much room after them no step reads past the end;
     # half a word is refused by frombuffer with the ValueError that is wanted here
     words = torch.frombuffer(bytearray(data[words_at:]) + bytes(2 * lanes), dtype=torch.int16)
     lookup = build_lookup(freqs)
-    symbols, at, mask = torch.empty(total, dtype=torch.int8), 0, (1 << TABLE_BITS) - 1
+    symbols = torch.empty(total, dtype=torch.int8)
+    mask = (1 << TABLE_BITS) - 1
+    at = 0  # the next word
     for out, which in zip(symbols.split(lanes), find_tables(sizes).split(lanes)):
-        x = states[: len(out)]
-        found = lookup.index_select(0, (x & mask).add_(which.long() << TABLE_BITS))
-        out.copy_(found)  # the lowest byte
+        x = states[: len(out)]  # a view: the in-place operations below move the states themselves
+        found = lookup.index_select(0, (x & mask) + (which.long() << TABLE_BITS))
+        out.copy_(found)  # the lowest byte, into `symbols`, of which this is a view too
         x.bitwise_right_shift_(TABLE_BITS).mul_(found >> 32).add_((found >> 8) & mask)
         low = (x < LOWEST).nonzero().flatten()
-        x.index_copy_(0, low, x.index_select(0, low) << 16 | words[at : at + len(low)].long() & 0xFFFF)
+        fresh = words[at : at + len(low)].long() & 0xFFFF
+        x.index_copy_(0, low, (x.index_select(0, low) << 16) | fresh)
         at += len(low)
         if at > len(words) - lanes:
             raise ValueError("codes end too early")
@@ -99,7 +103,7 @@ def count_lanes(n_symbols: int) -> int:
 
 def count_classes(rows: int, columns: int) -> int:
     """Most classes: a table has to serve 8192 codes, which also bounds what a hostile stream can make us allocate."""
-    return min(16, columns, max(1, rows * columns >> 13))
+    return min(16, columns, max(1, (rows * columns) >> 13))
 
 
 def find_tables(sizes: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def build_lookup(freqs: Tensor) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(freqs.numel()), freqs.flatten())
     starts = (freqs.cumsum(1) - freqs).flatten()
     bits = torch.arange(len(owner)) & ((1 << TABLE_BITS) - 1)
-    return freqs.take(owner) << 32 | (bits - starts[owner]) << 8 | (owner - 128) & 255
+    return (freqs.take(owner) << 32) | ((bits - starts[owner]) << 8) | ((owner - 128) & 255)
 
 
 def build_frequencies(roots: Tensor) -> Tensor:
@@ -169,22 +173,34 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
     for n_classes in (1, 2, 4, 8, 16):
         if n_classes > count_classes(*codes.shape):
             break
-        labels = torch.empty(columns, dtype=torch.long)
-        labels[by_size] = torch.arange(columns) * n_classes // columns
-        for _ in range(1 if n_classes == 1 else 6):  # k-means, with the price in whole 1/256 bits for a distance
-            kept = labels.unique(return_inverse=True)[1]
-            sums = torch.stack([counts[kept == label].sum(0) for label in range(int(kept.max()) + 1)])
-            roots = compute_roots(sums)
-            prices = (256 * (TABLE_BITS - build_frequencies(roots).double().clamp_min(2**-40).log2())).round()
-            labels = (counts @ prices.T).argmin(1)
+        wanted = torch.empty(columns, dtype=torch.long)
+        wanted[by_size] = torch.arange(columns) * n_classes // columns
+        for _ in range(0 if n_classes == 1 else 5):  # k-means, with the price for a distance
+            _, _, prices = price_classes(counts, drop_empty(wanted))
+            wanted = (counts @ prices.T).argmin(1)
+        labels = drop_empty(wanted)
+        sums, roots, prices = price_classes(counts, labels)
         deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
-        side = bytes([len(roots), low, high, *kept.tolist(), *deltas.flatten().tolist()])
-        price = len(compress_side(side)) + float((sums * prices).sum()) / 2048
-        if best is None or price < best[0]:
-            best = price, side, kept, F.pad(roots, (low, 255 - high))
+        side = bytes([len(roots), low, high, *labels.tolist(), *deltas.flatten().tolist()])
+        n_bytes = len(compress_side(side)) + float((sums * prices).sum()) / 2048
+        if best is None or n_bytes < best[0]:
+            best = n_bytes, side, labels, F.pad(roots, (low, 255 - high))
     assert best is not None
-    _, side, labels, roots = best
-    return side, labels, roots
+    return best[1:]
+
+
+def drop_empty(labels: Tensor) -> Tensor:
+    """The same classes, counted from 0 without the ones that no column is in."""
+    renamed: Tensor = labels.unique(return_inverse=True)[1]
+    return renamed
+
+
+def price_classes(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per class: how often each symbol occurs, its table, and the price of each symbol in whole 1/256 bits."""
+    sums = torch.stack([counts[labels == label].sum(0) for label in range(int(labels.max()) + 1)])
+    roots = compute_roots(sums)
+    prices = (256 * (TABLE_BITS - build_frequencies(roots).double().clamp_min(2**-40).log2())).round()
+    return sums, roots, prices
 
 
 def compress_side(side: bytes) -> bytes:

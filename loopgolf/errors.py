@@ -5,7 +5,7 @@
 
 
 class Stop(Exception):
-    """Ends the run with one line that names what is wrong and how to mend it."""
+    """Ends the run with one line that names what is wrong and how to fix it."""
 
     exit_code = 2
 
@@ -15,7 +15,7 @@ class ConfigError(Stop):
 
 
 class DataError(Stop):
-    """Data that cannot be used: the file, what is wrong with it and how to mend it."""
+    """Data that cannot be used: the file, what is wrong with it and how to fix it."""
 
 
 class DoesNotFit(Stop):

@@ -1,4 +1,4 @@
-"""A mixture of SwiGLU experts, to stand beside the dense MLP of a block that several passes share.
+"""A mixture of SwiGLU experts, next to the dense MLP of a block that several passes share.
 
     logits = router [h ; loop]                                          loop: the pass's row of a learned table
     y = shared(h) + sum over the `top` largest logits of sigmoid(logit) * expert(h)
@@ -97,7 +97,7 @@ def dispatch(h: Tensor, chosen: Tensor, share: Tensor, up: Tensor, down: Tensor)
     Both moves are permutations, so that their gradients add nothing to one row twice and repeat bit by bit."""
     (N, D), top = h.shape, chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
-    ends = count_tokens(chosen, len(up)).cumsum(0).int()  # row behind the last one of each expert
+    ends = count_tokens(chosen, len(up)).cumsum(0).int()  # row after the last one of each expert
     rows = h[:, None].expand(N, top, D).reshape(N * top, D).index_select(0, order)
     y: Tensor = grouped_mm(swiglu(grouped_mm(rows, up.mT, ends)), down.mT, ends)
     y = y.index_select(0, order.argsort()).view(N, top, D)

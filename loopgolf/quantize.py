@@ -30,7 +30,7 @@ SAMPLED_ROWS = 256  # are enough to measure the entropy of a matrix
 class StoredTensor(NamedTuple):
     """One tensor of a parameter in the file."""
 
-    suffix: str  # its name is the parameter's with this behind it
+    suffix: str  # its name is the parameter's followed by this
     shape: tuple[int, ...]
     dtype: torch.dtype  # int8: codes for the entropy coder; float16: for the other stream
 

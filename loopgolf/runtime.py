@@ -68,16 +68,16 @@ def format_value(value: object) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or none: written beside, flushed to disk, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """The whole file or none: written under another name, flushed to disk, renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb") as file:
+        with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

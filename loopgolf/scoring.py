@@ -157,7 +157,7 @@ class BpbMeter:
 
 
 class WindowShape(NamedTuple):
-    """Windows of `length` inputs that score their last `stride` targets, the first window all of its own; a position
+    """Windows of `length` inputs that score their last `stride` targets, the first window all its targets; a position
     attends to the last `band` ones."""
 
     length: int

@@ -52,7 +52,7 @@ def test_panels_show_the_numbers_of_the_log(folder):
     lines, result = events((folder / "log.txt").read_text(), "train"), json.loads((folder / "result.json").read_text())
     loss, rate = ([float(line[name]) for line in lines] for name in ("train_loss", "lr_scale"))
     figure, (losses, stages, sizes, stream) = pyplot.subplots(1, 4)
-    plot.plot_loss(losses, [run], "tokens", "tokens")
+    plot.plot_loss(losses, [run], "tokens", "tokens", unit=1e6)
     raw, smooth = losses.lines
     assert raw.get_xdata() == pytest.approx([128e-6, 256e-6, 384e-6, 512e-6]) and raw.get_ydata() == pytest.approx(loss)
     assert smooth.get_ydata() == pytest.approx([np.mean(loss[:3]), np.mean(loss), np.mean(loss), np.mean(loss[1:])])
@@ -69,6 +69,11 @@ def test_panels_show_the_numbers_of_the_log(folder):
     plot.plot_stream(stream, [run])
     assert list(stream.lines[0].get_ydata()) == run.stream
     pyplot.close(figure)
+
+
+def test_tokens_come_from_the_log_or_from_the_steps():
+    assert plot.read_step(dict(step="3", tokens="1000"), 128)["tokens"] == 1000
+    assert plot.read_step(dict(step="3"), 128)["tokens"] == 384
 
 
 @pytest.mark.slow

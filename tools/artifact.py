@@ -21,43 +21,49 @@ import torch
 import train_gpt
 from loopgolf.artifact import Artifact
 from loopgolf.options import Parser
-from loopgolf.quantize import RowGrid, compute_entropy
+from loopgolf.params import collect_specs
+from loopgolf.quantize import RowGrid
 from loopgolf.runtime import run_program, write_atomic
 from tools.lib.runlog import RunError
-from tools.plot import import_pyplot
+from tools.plot import COLORS, import_pyplot, measure_bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the table; bytes are its share of the compressed streams, by entropy."""
+    """One parameter of the table; bytes are its share of the compressed streams, by entropy."""
 
     name: str
     shape: str
+    role: str  # what it declared: its grid, or vector
+    scheme: str  # what its format calls itself
     bits: int
-    k: float
-    entropy: float
+    k: float | None  # of a grid per row
+    entropy: float  # bits per number of what its format stores first
     bytes: float
 
 
 def describe(path: Path) -> tuple[list[Row], Artifact]:
     artifact = train_gpt.load_artifact(path)
+    specs = collect_specs(train_gpt.build_meta_model(train_gpt.config_from_stored(artifact.stored)))
     rows = []
-    for name, (shape, format) in artifact.layout.items():
-        stored = {tensor: artifact.raw[tensor] for tensor in artifact.layout[name].stored(name)}
-        n_bytes = sum(entropy_bytes(tensor) for tensor in stored.values())
-        entropy = 8 * entropy_bytes(artifact.raw[name]) / max(1, artifact.raw[name].numel())
-        k = 0.0
+    for name, described in artifact.layout.items():
+        format = described.format
+        stored = [artifact.raw[stored_name] for stored_name in described.stored(name)]
+        k = None
         if isinstance(format, RowGrid):
-            k = measure_k(artifact.tensors[name], artifact.raw[f"{name}.step"], format)
-        rows.append(Row(name, "x".join(map(str, shape)), format.bits, k, entropy, n_bytes))
+            k = measure_k(artifact.tensors[name], stored[1], format)
+        row = Row(
+            name=name,
+            shape="x".join(map(str, described.shape)),
+            role=specs[name].role,
+            scheme=format.scheme,
+            bits=format.bits,
+            k=k,
+            entropy=8 * measure_bytes(stored[0]) / max(1, stored[0].numel()),
+            bytes=sum(measure_bytes(tensor) for tensor in stored),
+        )
+        rows.append(row)
     return sorted(rows, key=lambda row: -row.bytes), artifact
-
-
-def entropy_bytes(stored: torch.Tensor) -> float:
-    """Bytes of a stored tensor: of codes as many as their entropy needs."""
-    if stored.dtype != torch.int8:
-        return float(stored.numel() * stored.dtype.itemsize)
-    return compute_entropy(stored) * stored.numel() / 8 if stored.numel() else 0.0
 
 
 def measure_k(weight: torch.Tensor, step: torch.Tensor, grid: RowGrid) -> float:
@@ -69,27 +75,37 @@ def measure_k(weight: torch.Tensor, step: torch.Tensor, grid: RowGrid) -> float:
 def show(path: Path, picture: Path | None) -> None:
     rows, artifact = describe(path)
     total = sum(row.bytes for row in rows)
-    print(f"{'tensor':<24}{'shape':>12}{'bits':>6}{'k':>8}{'entropy':>9}{'bytes':>12}{'share':>8}")
+    print(f"{'tensor':<24}{'shape':>12}{'format':>8}{'bits':>6}{'k':>8}{'entropy':>9}{'bytes':>12}{'share':>8}")
     for row in rows:
-        k = f"{row.k:.2f}" if row.k else "-"
-        print(f"{row.name:<24}{row.shape:>12}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
-              f"{row.bytes / total:>8.1%}")  # fmt: skip
+        k = "-" if row.k is None else f"{row.k:.2f}"
+        print(
+            f"{row.name:<24}{row.shape:>12}{row.scheme:>8}{row.bits:>6}{k:>8}{row.entropy:>9.3f}{row.bytes:>12,.0f}"
+            f"{row.bytes / total:>8.1%}"
+        )
     for number, stream in enumerate(artifact.streams):
         print(f"stream {number} codec:{stream.codec} bytes:{stream.bytes} raw_bytes:{stream.raw_bytes}")
-    print(f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
-          f"sha256:{artifact.sha256}")  # fmt: skip
+    print(
+        f"artifact bytes:{artifact.size} params:{sum(t.numel() for t in artifact.tensors.values())} "
+        f"sha256:{artifact.sha256}"
+    )
     if picture:
         draw_shares(rows, path, picture)
         print(f"picture path:{picture}")
 
 
 def draw_shares(rows: list[Row], path: Path, picture: Path) -> None:
+    """A bar per parameter, a colour per declared grid and format."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
-    colors = ["#0072B2" if "blocks" in row.name else "#E69F00" if row.k else "#8A8A8A" for row in rows]
-    axes.barh([row.name for row in rows], [row.bytes / 1000 for row in rows], color=colors)
+    kinds = list(dict.fromkeys((row.role, row.scheme) for row in rows))
+    for number, (role, scheme) in enumerate(kinds):
+        places = [place for place, row in enumerate(rows) if (row.role, row.scheme) == (role, scheme)]
+        kilobytes = [rows[place].bytes / 1000 for place in places]
+        axes.barh(places, kilobytes, color=COLORS[number % len(COLORS)], label=f"{role}, {scheme}")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("kilobytes (blue: blocks, orange: tables and their projections, grey: per-pass vectors)")
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_xlabel("kilobytes")
     axes.set_title(f"where the bytes of {path.name} go", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.2)
@@ -117,8 +133,10 @@ def size(path: Path, code: Path | None, limit: int) -> int:
     artifact_bytes = train_gpt.load_artifact(path).size
     code_bytes = code.stat().st_size if code else train_gpt.Config().code_reserve
     total = artifact_bytes + code_bytes
-    print(f"size code_bytes:{code_bytes} artifact_bytes:{artifact_bytes} total_bytes:{total} limit:{limit} "
-          f"left:{limit - total} fits:{'yes' if total <= limit else 'no'}")  # fmt: skip
+    print(
+        f"size code_bytes:{code_bytes} artifact_bytes:{artifact_bytes} total_bytes:{total} limit:{limit} "
+        f"left:{limit - total} fits:{'yes' if total <= limit else 'no'}"
+    )
     return 0 if total <= limit else 3
 
 

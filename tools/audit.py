@@ -11,7 +11,7 @@ span of validation text, changes what must not matter, and compares what comes o
 With a mixture of experts the comparisons leave room for rounding: tokens of one expert are rows of one product, so its
 shape depends on all tokens.
 
-A verdict per rule is printed and written to audit.json beside the artifact; exit code 4 when a rule is violated.
+A verdict per rule is printed and written to audit.json next to the artifact; exit code 4 when a rule is violated.
 
 Examples:
     python -m tools.audit runs/ID
@@ -48,13 +48,13 @@ SUM_TOLERANCE = 1e-4  # float32 log-softmax over some thousand ids
 # where documents move to other rows of a batch, or other tokens go to an expert, the same sums are taken in blocks of
 # another shape
 LAYOUT_TOLERANCE = 1e-4
-EMBEDDED = 32  # tokens before and behind a document boundary whose embeddings are compared
+EMBEDDED = 32  # tokens before and after a document boundary whose embeddings are compared
 KEPT_FAULTS = 20  # examples of a violation in the report
 TEXT_TOKENS = 1 << 20  # validation tokens whose bytes are compared with the text
 
 
 class AuditError(Stop):
-    """An audit that would prove nothing: one line that says why and how to mend it."""
+    """An audit that would prove nothing: one line that says why and how to fix it."""
 
 
 @dataclass
@@ -170,7 +170,7 @@ def move_documents(tokens: Tensor, bos_id: int, vocab_size: int, generator: torc
 
 
 def find_edges(tracks: list[list[list[Window]]], seq_len: int, n_tokens: int) -> list[int]:
-    """Positions at and beside the ends of windows, and of the blocks in which they are computed."""
+    """Positions at and next to the ends of windows, and of the blocks in which they are computed."""
     edges = set()
     for w in (window for track in tracks for chunk in track for window in chunk):
         edges |= {w.first, w.stop, *range(w.start, w.stop, seq_len), *range(w.start, w.stop, min(128, seq_len))}
@@ -246,8 +246,13 @@ class Auditor:
             for verdict in (causal, update) if self.adapts else (causal,):
                 verdict.probes += 1
                 if len(changed):
-                    verdict.fault(what="scores depend on later tokens", changed_from=at, first=int(changed[0]),
-                                  last=int(changed[-1]), scores=len(changed))  # fmt: skip
+                    verdict.fault(
+                        what="scores depend on later tokens",
+                        changed_from=at,
+                        first=int(changed[0]),
+                        last=int(changed[-1]),
+                        scores=len(changed),
+                    )
         causal.what = f"passes with other tokens from some position on; {compared:,} earlier distributions compared"
 
     def probe_lengths(self, tokens: Tensor) -> None:
@@ -258,7 +263,7 @@ class Auditor:
         self.verdicts["once"].what = "passes in which every target was counted, over texts of many lengths"
 
     def probe_embeddings(self, tokens: Tensor, probes: int) -> None:
-        """What a document's first tokens look like to the model, behind other tokens."""
+        """What a document's first tokens look like to the model, after other tokens."""
         verdict, config, reach = self.verdicts["documents"], self.config, EMBEDDED
         model: Any = self.build().model
         starts = torch.randint(len(tokens) - 2 * reach, (probes, 1), generator=self.generator)
@@ -296,8 +301,12 @@ class Auditor:
             changed = find_changes(ours, theirs, self.tolerance).nonzero().flatten()
             verdict.probes, compared = verdict.probes + 1, compared + len(tokens) - start - 1
             if len(changed):
-                verdict.fault(what="scores depend on earlier documents", document_at=start,
-                              first=start + 1 + int(changed[0]), scores=len(changed))  # fmt: skip
+                verdict.fault(
+                    what="scores depend on earlier documents",
+                    document_at=start,
+                    first=start + 1 + int(changed[0]),
+                    scores=len(changed),
+                )
         verdict.what = f"embeddings and passes behind other documents; {compared:,} distributions behind them compared"
 
 
@@ -372,8 +381,10 @@ def audit(
         reference = auditor.score(tokens, watch=True)
         again = auditor.score(tokens)
         if len(changed := find_changes(reference.rows, again.rows, 0.0).nonzero()):
-            raise AuditError(f"two passes over the same tokens differ from position {int(changed[0])} on, so nothing "
-                             "can be compared bit for bit; audit on a device that repeats itself")  # fmt: skip
+            raise AuditError(
+                f"two passes over the same tokens differ from position {int(changed[0])} on, so nothing "
+                "can be compared bit for bit; audit on a device that repeats itself"
+            )
         if auditor.adapts and not auditor.learnt:
             raise AuditError(f"span={len(tokens)}: no weight was ever adapted in it; raise --span")
         auditor.probe_causality(tokens, reference, probes)
@@ -382,8 +393,9 @@ def audit(
         check_bytes(verdicts["bytes"], tokens if text is None else text, config.bos_id, counter, tokenizer)
     whole = counter.count(tokens[:-1].numpy(), tokens[1:].numpy())
     if int(reference.sums[2]) != whole and not verdicts["once"].violations:
-        verdicts["bytes"].fault(what="the meter does not count what its tokens count", meter=int(reference.sums[2]),
-                                counted=whole)  # fmt: skip
+        verdicts["bytes"].fault(
+            what="the meter does not count what its tokens count", meter=int(reference.sums[2]), counted=whole
+        )
     verdicts["normalized"].what = "distributions summed"
     adapted = f"passes and comparisons of weights; {auditor.learnt} observations moved them"
     verdicts["score-before-update"].what = adapted if auditor.adapts else "comparisons of weights: nothing adapts"
@@ -402,7 +414,7 @@ def choose_span(scorer: WindowScorer) -> int:
 def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     artifact = train_gpt.load_artifact(path)
-    beside = path.with_name("tokenizer.model")
+    own_tokenizer = path.with_name("tokenizer.model")
     config = train_gpt.config_from_stored(artifact.stored)
     mode = args.mode or config.score_mode
     scorer_class = train_gpt.find_scorer(mode)
@@ -410,9 +422,12 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     config = replace(config, score_mode=mode, **small)
     # in float32 a leak cannot hide in rounding, nor rounding look like a leak
     config = replace(
-        config, data_path=args.data_path, tokenizer_path=str(beside) if beside.is_file() else "",
-        compile="none", dtype="float32",
-    )  # fmt: skip
+        config,
+        data_path=args.data_path,
+        tokenizer_path=str(own_tokenizer) if own_tokenizer.is_file() else "",
+        compile="none",
+        dtype="float32",
+    )
     ctx = replace(train_gpt.build_context(config, {}), log=Log(quiet=True))
     val = train_gpt.load_validation(config, ctx)
     text = val.tokens[: max(TEXT_TOKENS, args.span)]
@@ -429,17 +444,28 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
     tokenizer = train_gpt.load_tokenizer(config.tokenizer_file).model
     verdicts = audit(build, span, val.counter, tokenizer, probes, args.seed, text)
     return dict(
-        verdict="violated" if any(v.violations for v in verdicts) else "holds", artifact=str(path),
-        artifact_sha256=artifact.sha256, mode=mode, span=len(span), text=len(text), seed=args.seed,
-        doc_attention=config.doc_attention, settings=small, device=str(ctx.device), dtype=config.dtype,
-        torch=torch.__version__, seconds=round(time.perf_counter() - started, 1),
+        verdict="violated" if any(v.violations for v in verdicts) else "holds",
+        artifact=str(path),
+        artifact_sha256=artifact.sha256,
+        mode=mode,
+        span=len(span),
+        text=len(text),
+        seed=args.seed,
+        doc_attention=config.doc_attention,
+        settings=small,
+        device=str(ctx.device),
+        dtype=config.dtype,
+        torch=torch.__version__,
+        seconds=round(time.perf_counter() - started, 1),
         rules=[dict(rule=v.rule, verdict=v.verdict) | asdict(v) for v in verdicts],
-    )  # fmt: skip
+    )
 
 
 def show(report: dict) -> None:
-    print(f"audit mode:{report['mode']} span:{report['span']} seconds:{report['seconds']} "
-          f"artifact_sha256:{report['artifact_sha256']}")  # fmt: skip
+    print(
+        f"audit mode:{report['mode']} span:{report['span']} seconds:{report['seconds']} "
+        f"artifact_sha256:{report['artifact_sha256']}"
+    )
     for rule in report["rules"]:
         print(f"{rule['rule']:<21}{rule['verdict']:<10}{rule['probes']:>9,} {rule['what']}")
         for found in rule["examples"]:
@@ -468,7 +494,7 @@ def build_parser() -> Parser:
     parser.add_argument("--probes", type=int, default=0, help="passes for causality (0: 200, or 20 where it adapts)")
     parser.add_argument("--span", type=int, default=0, help="validation tokens in a pass (0: a few windows)")
     parser.add_argument("--seed", type=int, default=0, help="seed of positions and replaced tokens")
-    parser.add_argument("--out", type=Path, help="where the report goes (default: audit.json beside the artifact)")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: audit.json next to the artifact)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 

@@ -91,12 +91,19 @@ class Case:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         memory = torch.cuda.max_memory_allocated() if is_cuda else resident
         return dict(
-            params=sum(p.numel() for p in self.model.parameters()), batch_tokens=self.config.batch_tokens,
-            step_ms=1000 * step_s, **{f"{part}_ms": ms for part, ms in parts.items()},
-            optimizer_share=parts["optimizer"] / (1000 * step_s), tokens_per_s=self.config.batch_tokens / step_s,
-            achieved_tflops=flops / step_s / 1e12, peak_tflops=peak / 1e12, floor_ms=1000 * flops / peak,
-            share_of_peak=flops / step_s / peak, peak_memory_mb=memory / 1e6, compile_s=self.compile_s,
-        )  # fmt: skip
+            params=sum(p.numel() for p in self.model.parameters()),
+            batch_tokens=self.config.batch_tokens,
+            step_ms=1000 * step_s,
+            **{f"{part}_ms": ms for part, ms in parts.items()},
+            optimizer_share=parts["optimizer"] / (1000 * step_s),
+            tokens_per_s=self.config.batch_tokens / step_s,
+            achieved_tflops=flops / step_s / 1e12,
+            peak_tflops=peak / 1e12,
+            floor_ms=1000 * flops / peak,
+            share_of_peak=flops / step_s / peak,
+            peak_memory_mb=memory / 1e6,
+            compile_s=self.compile_s,
+        )
 
     def score_speed(self, mode: str, n_tokens: int) -> dict:
         """Scored tokens per second, by the model that runs score with; forward tokens per scored one, with padding."""

@@ -169,11 +169,17 @@ def describe_numbers(predictor: Predictor) -> dict:
     ctx = predictor.ctx
     name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else platform.machine()
     return dict(
-        artifact=predictor.artifact.sha256, mode=predictor.mode, torch=str(torch.__version__), numpy=np.__version__,
-        device=f"{ctx.device.type} {name}", instructions=torch.backends.cpu.get_cpu_capability(),
-        dtype=str(ctx.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-        python=platform.python_version(), code=train_gpt.hash_counted_code(predictor.config),
-    )  # fmt: skip
+        artifact=predictor.artifact.sha256,
+        mode=predictor.mode,
+        torch=str(torch.__version__),
+        numpy=np.__version__,
+        device=f"{ctx.device.type} {name}",
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        dtype=str(ctx.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        code=train_gpt.hash_counted_code(predictor.config),
+    )
 
 
 def pack_file(header: dict, payload: bytes) -> bytes:
@@ -202,9 +208,9 @@ def unpack_file(content: bytes) -> tuple[dict, bytes]:
 
 
 def check_same(header: dict, here: dict) -> None:
-    for name, mend in SAME.items():
+    for name, fix in SAME.items():
         if header[name] != here[name]:
-            raise InputError(f"coded with {name} {header[name]}, here it is {here[name]}; {mend}")
+            raise InputError(f"coded with {name} {header[name]}, here it is {here[name]}; {fix}")
 
 
 # --- commands
@@ -222,10 +228,18 @@ def encode(predictor: Predictor, content: bytes, out: Path) -> dict:
     claimed, coded = meter.total(predictor.ctx).bpb, 8 * len(payload) / max(1, len(content))
     write_atomic(out, packed)
     return dict(
-        mode=predictor.mode, bytes=len(content), tokens=len(tokens), file_bytes=len(packed), payload_bytes=len(payload),
-        claimed_bpb=claimed, coded_bpb=coded, overhead_percent=100 * (coded / claimed - 1) if claimed else 0.0,
-        seconds=seconds, tokens_per_s=len(tokens) / seconds, sha256=sizes["sha256"],
-    )  # fmt: skip
+        mode=predictor.mode,
+        bytes=len(content),
+        tokens=len(tokens),
+        file_bytes=len(packed),
+        payload_bytes=len(payload),
+        claimed_bpb=claimed,
+        coded_bpb=coded,
+        overhead_percent=100 * (coded / claimed - 1) if claimed else 0.0,
+        seconds=seconds,
+        tokens_per_s=len(tokens) / seconds,
+        sha256=sizes["sha256"],
+    )
 
 
 def decode(predictor: Predictor, header: dict, payload: bytes, out: Path) -> dict:
@@ -243,9 +257,14 @@ def decode(predictor: Predictor, header: dict, payload: bytes, out: Path) -> dic
     seconds = time.perf_counter() - started
     write_atomic(out, content)
     return dict(
-        mode=predictor.mode, bytes=len(content), tokens=len(tokens), payload_bytes=len(payload), seconds=seconds,
-        tokens_per_s=len(tokens) / seconds, sha256=header["sha256"],
-    )  # fmt: skip
+        mode=predictor.mode,
+        bytes=len(content),
+        tokens=len(tokens),
+        payload_bytes=len(payload),
+        seconds=seconds,
+        tokens_per_s=len(tokens) / seconds,
+        sha256=header["sha256"],
+    )
 
 
 def convert(args: argparse.Namespace) -> dict:

@@ -50,14 +50,14 @@ class Report:
     plan: str
     mode: str
     default_r: int  # what the artifact is scored with if nothing else is said
-    trained_r: int  # the deepest that has rows of its own in the per-pass tables
+    trained_r: int  # the deepest that has its own rows in the per-pass tables
     tokens: int
     bytes: int
     points: list[Point]
 
 
 class ExitMeter(BpbMeter):
-    """Also sums the depths of scored tokens. In plain windows a target stands right behind its input, and the inputs
+    """Also sums the depths of scored tokens. In plain windows a target stands right after its input, and the inputs
     fill rows of seq_len without a gap; what pads the last row is not counted."""
 
     def __init__(self, counter: ByteCounter, early: EarlyExit, length: int):
@@ -78,8 +78,10 @@ class Study:
         self.artifact, self.mode = train_gpt.load_artifact(path), mode
         trained = train_gpt.config_from_stored(self.artifact.stored)
         if not parse_plan(trained.plan).is_variable:
-            raise InputError(f"{path}: its plan {trained.plan} has a fixed depth; train one with a group marked *r, "
-                             "such as --plan 'ab(^cd)*rgh' --skips none")  # fmt: skip
+            raise InputError(
+                f"{path}: its plan {trained.plan} has a fixed depth; train one with a group marked *r, "
+                "such as --plan 'ab(^cd)*rgh' --skips none"
+            )
         self.config = replace(train_gpt.with_stored_of(trained, config), compile="none")
         self.ctx = train_gpt.build_context(self.config, {})
         quiet = replace(self.ctx, log=Log(quiet=True))
@@ -136,13 +138,17 @@ def study_depth(path: Path, depths: list[int], taus: list[float], mode: str, opt
 
 
 def format_table(report: Report) -> str:
-    lines = [f"# {report.plan}, {report.mode}, {report.tokens:,} tokens of {report.bytes:,} bytes; * as by default",
-             f"{'':<12}{'mean depth':>12}{'bpb':>10}{'seconds':>10}{'tokens/s':>12}{'MFLOP/token':>13}"]  # fmt: skip
+    lines = [
+        f"# {report.plan}, {report.mode}, {report.tokens:,} tokens of {report.bytes:,} bytes; * as by default",
+        f"{'':<12}{'mean depth':>12}{'bpb':>10}{'seconds':>10}{'tokens/s':>12}{'MFLOP/token':>13}",
+    ]
     for p in report.points:
         name = f"r={p.r}{'*' * (p.r == report.default_r)}" if p.exit is None else f"exit {p.exit:g}"
         times = ("-", "-") if p.seconds is None else (f"{p.seconds:.2f}", f"{report.tokens / p.seconds:,.0f}")
-        lines.append(f"{name:<12}{p.mean_depth:>12.2f}{p.val_bpb:>10.5f}{times[0]:>10}{times[1]:>12}"
-                     f"{p.flops_per_token / 1e6:>13.3f}")  # fmt: skip
+        lines.append(
+            f"{name:<12}{p.mean_depth:>12.2f}{p.val_bpb:>10.5f}{times[0]:>10}{times[1]:>12}"
+            f"{p.flops_per_token / 1e6:>13.3f}"
+        )
     return "\n".join(lines)
 
 
@@ -153,8 +159,16 @@ def draw(report: Report, out: Path) -> None:
     figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     left.plot(depths, [p.val_bpb for p in fixed], color=COLORS[0], marker="o", linewidth=2, label="r for every token")
     if exits:
-        left.plot([p.mean_depth for p in exits], [p.val_bpb for p in exits], color=COLORS[1], marker="D", markersize=5,
-                  linewidth=1, linestyle="--", label="exit of each token at a change below τ (numbers)")  # fmt: skip
+        left.plot(
+            [p.mean_depth for p in exits],
+            [p.val_bpb for p in exits],
+            color=COLORS[1],
+            marker="D",
+            markersize=5,
+            linewidth=1,
+            linestyle="--",
+            label="exit of each token at a change below τ (numbers)",
+        )
     left.set_xscale("log", base=2)
     left.set_xticks(depths, depths)
     left.margins(y=0.12)
@@ -187,8 +201,15 @@ def draw(report: Report, out: Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"{report.plan} ({report.mode}, {report.tokens:,} tokens)", fontsize=11, parse_math=False)
     if exits:
-        name_points(left, [(p.mean_depth, p.val_bpb) for p in exits], [f"{p.exit:g}" for p in exits],
-                    [(p.r, p.val_bpb) for p in fixed], is_beside=False, color=COLORS[1], fontsize=8)  # fmt: skip
+        name_points(
+            left,
+            [(p.mean_depth, p.val_bpb) for p in exits],
+            [f"{p.exit:g}" for p in exits],
+            [(p.r, p.val_bpb) for p in fixed],
+            is_beside=False,
+            color=COLORS[1],
+            fontsize=8,
+        )
     save_picture(figure, out)
 
 
@@ -212,8 +233,13 @@ def build_parser() -> Parser:
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="R", help="[1 2 4 8 16]")
     parser.add_argument("--mode", choices=tuple(train_gpt.SCORERS), default="plain", help="[plain]")
     parser.add_argument("--score_documents", type=int, default=184, metavar="N", help="0 for all [184]")
-    parser.add_argument("--exit", type=float, nargs="*", metavar="TAU", help="relative changes below which a token "
-                        "leaves, in plain windows [0.3 0.2 0.1 0.05]")  # fmt: skip
+    parser.add_argument(
+        "--exit",
+        type=float,
+        nargs="*",
+        metavar="TAU",
+        help="relative changes below which a token leaves, in plain windows [0.3 0.2 0.1 0.05]",
+    )
     parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw it as well: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser

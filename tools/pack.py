@@ -76,7 +76,7 @@ OTHER_CHANGES = (
 
 
 class PackError(Stop):
-    """Packing cannot go on: one line that says why and names the mend."""
+    """Packing cannot go on: one line that says why and names the fix."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

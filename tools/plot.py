@@ -1,5 +1,5 @@
 """Draws runs: loss against time and tokens with the schedule, bits per byte after each stage, where the bytes of the
-file go, and how large the residual stream is behind every pass.
+file go, and how large the residual stream is after every pass.
 
     python -m tools.plot runs/ID                                 writes runs/ID/report.png
     python -m tools.plot runs/A runs/B runs/C --out compare.png  one colour per run
@@ -34,8 +34,13 @@ from tools.lib.runlog import RunError, read_log, read_result
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#8A8A8A"
 STAGES = {"trained": "last weights", "averaged": "master weights", **{mode: mode for mode in train_gpt.SCORERS}}
-PARTS = {"core": "shared matrices", "edge": "other matrices", "embed": "token embedding", "table": "tables",
-         "vector": "vectors, steps"}  # fmt: skip
+PARTS = {
+    "core": "shared matrices",
+    "edge": "other matrices",
+    "embed": "token embedding",
+    "table": "tables",
+    "vector": "vectors, steps",
+}
 
 
 def import_pyplot():
@@ -66,8 +71,8 @@ def save_picture(figure, out: Path, dpi: int = 120) -> None:
 
 
 def name_points(axes, points: list, names: list[str], others: Sequence = (), is_beside: bool = True, **style) -> None:
-    """Each name where it covers neither a name nor a point of either list: rather beside its point than above or below,
-    or the other way round. For when all else is drawn."""
+    """Each name where it covers neither a name nor a point of either list: better next to its point than above or
+    below, or the other way round. For when all else is drawn."""
     from matplotlib.patheffects import withStroke
 
     style |= dict(textcoords="offset points", parse_math=False, path_effects=[withStroke(linewidth=2, foreground="w")])
@@ -81,8 +86,9 @@ def name_points(axes, points: list, names: list[str], others: Sequence = (), is_
         found: list = []
         for dx, dy in sides:
             ha, va = "left" if dx > 0 else "right", "bottom" if dy > 0 else "top"
-            label = axes.annotate(name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center",
-                                  **style)  # fmt: skip
+            label = axes.annotate(
+                name, point, (9 * dx, 9 * dy), ha=ha if dx else "center", va=va if dy else "center", **style
+            )
             box = label.get_window_extent()
             cost = box.count_overlaps(taken) + 2 * (box.x0 < frame.x0 or box.x1 > frame.x1)
             found.append((cost, len(found), label, box))
@@ -101,7 +107,6 @@ class Run:
     color: str
     result: dict[str, str]
     steps: list[dict[str, float]]
-    batch_tokens: int
     bytes_by_part: dict[str, float]
     stream: list[float]
 
@@ -109,14 +114,27 @@ class Run:
 def load_run(folder: Path, color: str) -> Run:
     result = read_result(folder)
     lines = [line.values for line in read_log(folder) if line.event == "train"]
-    steps = {int(line["step"]): {key: float(value) for key, value in line.items()} for line in lines}
     config = json.loads((folder / "result.json").read_text())["config"]
+    steps = {int(line["step"]): read_step(line, config["batch_tokens"]) for line in lines}
     artifact = train_gpt.load_artifact(folder / "artifact.lg")
     model = train_gpt.LoopedGPT(train_gpt.config_from_stored(artifact.stored))
     model.load_state_dict(artifact.tensors)
     # a resumed run repeats steps: the later line counts
-    return Run(folder.name, color, result, list(steps.values()), config["batch_tokens"],
-               count_bytes(artifact, model, int(result["code_bytes"])), measure_stream(model, config))  # fmt: skip
+    return Run(
+        name=folder.name,
+        color=color,
+        result=result,
+        steps=list(steps.values()),
+        bytes_by_part=count_bytes(artifact, model, int(result["code_bytes"])),
+        stream=measure_stream(model, config),
+    )
+
+
+def read_step(line: dict[str, str], batch_tokens: int) -> dict[str, float]:
+    """The numbers of a train line. Older logs tell no tokens: there every step took as many."""
+    values = {key: float(value) for key, value in line.items()}
+    values.setdefault("tokens", values["step"] * batch_tokens)
+    return values
 
 
 def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int) -> dict[str, float]:
@@ -124,12 +142,11 @@ def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int)
     specs = collect_specs(model)
     weights: list[dict[str, float]] = [defaultdict(float) for _ in STREAMS]
     for name, described in artifact.layout.items():
-        for stored_name, tensor in described.stored(name).items():
-            values = artifact.raw[stored_name]
-            if tensor.dtype == torch.int8:
-                weights[0][PARTS[specs[name].role]] += compute_entropy(values) * values.numel()
-            else:
-                weights[1][PARTS["vector"]] += values.numel()
+        role = specs[name].role
+        for number, (stored_name, tensor) in enumerate(described.stored(name).items()):
+            # what a format stores besides its first tensor are the steps of its grid
+            part = PARTS.get(role, role) if number == 0 else PARTS["vector"]
+            weights[STREAMS.index(tensor.dtype)][part] += measure_bytes(artifact.raw[stored_name])
     found: dict[str, float] = defaultdict(float, code=code_bytes)
     for stream, parts in zip(artifact.streams, weights):
         for part, weight in parts.items():
@@ -138,9 +155,16 @@ def count_bytes(artifact: Artifact, model: train_gpt.LoopedGPT, code_bytes: int)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def measure_bytes(stored: torch.Tensor) -> float:
+    """Bytes of a stored tensor: of codes as many as their entropy needs."""
+    if stored.dtype != torch.int8:
+        return float(stored.numel() * stored.dtype.itemsize)
+    return compute_entropy(stored) * stored.numel() / 8 if stored.numel() else 0.0
+
+
 @torch.no_grad()
 def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
-    """Root mean square of the residual stream behind every pass, over one batch of validation text."""
+    """Root mean square of the residual stream after every pass, over one batch of validation text."""
     try:
         stream = TokenStream(config["data_path"], "val", config["vocab_size"])
     except (DataError, OSError):
@@ -157,10 +181,11 @@ def measure_stream(model: train_gpt.LoopedGPT, config: dict) -> list[float]:
     return sizes
 
 
-def plot_loss(axes, runs: list[Run], x: str, label: str) -> None:
+def plot_loss(axes, runs: list[Run], x: str, label: str, unit: float = 1.0) -> None:
+    """`x`: the number of a train line that is drawn to the right, in units of `unit`."""
     rate, tops = axes.twinx(), []
     for run in runs:
-        places = [step["train_s"] if x == "train_s" else step["step"] * run.batch_tokens / 1e6 for step in run.steps]
+        places = [step[x] / unit for step in run.steps]
         losses = [step["train_loss"] for step in run.steps]
         near = [losses[max(0, i - 2) : i + 3] for i in range(len(losses))]
         smooth = [sum(part) / len(part) for part in near]
@@ -187,9 +212,16 @@ def plot_stages(axes, runs: list[Run]) -> None:
         final = run.result["score_mode"]
         axes.scatter(scores[final], names.index(final), s=160, facecolors="none", edgecolors=run.color, linewidths=1.5)
         for name, value in scores.items():
-            if len(runs) == 1:  # of several runs, the numbers stand beside their names
-                axes.annotate(f"{value:.4f}", (value, names.index(name)), (0, 9), textcoords="offset points",
-                              ha="center", fontsize=8, color=run.color)  # fmt: skip
+            if len(runs) == 1:  # of several runs, the numbers stand next to their names
+                axes.annotate(
+                    f"{value:.4f}",
+                    (value, names.index(name)),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=run.color,
+                )
     axes.set_yticks(range(len(names)), [STAGES[name] for name in names])
     axes.set_ylim(len(names) - 0.5, -0.7)
     axes.margins(x=0.15)
@@ -229,7 +261,7 @@ def draw(folders: list[Path], out: Path) -> Path:
     has_stream = any(run.stream for run in runs)
     figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained", width_ratios=(3, 3, 2.4))
     plot_loss(grid[0, 0], runs, "train_s", "training time (s)")
-    plot_loss(grid[0, 1], runs, "tokens", "training tokens (millions)")
+    plot_loss(grid[0, 1], runs, "tokens", "training tokens (millions)", unit=1e6)
     plot_stages(grid[1, 0], runs)
     plot_bytes(grid[1, 1], runs)
     if has_stream:
@@ -244,8 +276,10 @@ def draw(folders: list[Path], out: Path) -> Path:
         r = run.result
         text = f"{run.name}\n{float(r['val_bpb']):.4f} bits per byte ({r['score_mode']}), {int(r['steps']):,} steps"
         if len(runs) <= 3:  # there is room
-            text += (f"\n{int(r['tokens']):,} tokens in {float(r['train_s']):.0f} s\n"
-                     f"{float(r['eval_s']):.0f} s to score\n{int(r['total_bytes']):,} bytes with code")  # fmt: skip
+            text += (
+                f"\n{int(r['tokens']):,} tokens in {float(r['train_s']):.0f} s\n"
+                f"{float(r['eval_s']):.0f} s to score\n{int(r['total_bytes']):,} bytes with code"
+            )
         top = 1 - index / max(len(runs), 3)
         grid[1, 2].text(0, top, text, color=run.color, va="top", fontsize=10, transform=grid[1, 2].transAxes)
     save_picture(figure, out)

@@ -117,7 +117,7 @@ class SeedFailed(Stop):
 
 
 def run_child(command: list[str], environ: dict[str, str]) -> int:
-    """The child's exit code. It has a session of its own, so that a Ctrl-C reaches it once, through here: the first
+    """The child's exit code. It has its own session, so that a Ctrl-C reaches it once, through here: the first
     signal lets it save a checkpoint, a second one kills it."""
     seen: list[int] = []
     children: list[subprocess.Popen[bytes]] = []

@@ -1,4 +1,4 @@
-"""How many bits an artifact needs per byte of a text, beside what file compressors need, and where it is surprised.
+"""How many bits an artifact needs per byte of a text, next to what file compressors need, and where it is surprised.
 
 The number is what `tools.codec encode` would come to, without its header; nobody counts the model or the compressor.
 Spans are coloured by bits per byte, from green to red, on a terminal without NO_COLOR.
@@ -30,7 +30,7 @@ from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
 
-SPAN_BYTES = 60  # a span ends at the first space behind so many bytes
+SPAN_BYTES = 60  # a span ends at the first space after so many bytes
 SHOWN = 4  # spans of each kind
 COLORS = [40, 76, 112, 148, 184, 220, 214, 208, 202, 196]  # of 256: green to red, one for each bit per byte
 COMPRESSORS = {

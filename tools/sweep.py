@@ -3,7 +3,7 @@
     python -m tools.sweep abcd abcdabc '(ab)*4' --out plans.png -- --recipe pocket --iterations 400
     python -m tools.sweep abcdabc 'ab(^cd)*rgh --skips none --sample_depth' --seeds 1337 42 -- --recipe pocket
 
-A plan may bring options of train_gpt.py of its own, in the same quotes; those of all plans come after --. Where other
+A plan may bring its own options of train_gpt.py, in the same quotes; those of all plans come after --. Where other
 work disturbs the clock, equal time is better given as steps (--iterations in the quotes, from tools.bench --against).
 What is finished is skipped and what was interrupted goes on: after Ctrl-C, type the same line again.
 """
@@ -75,15 +75,25 @@ def check_alike(plans: dict[str, list[seeds.Plan]]) -> None:
 def summarize(text: str, plans: list[seeds.Plan]) -> Row:
     found = [read_result(plan.folder) for plan in plans]
     config, (plan, *own) = plans[0].config, shlex.split(text)
-    columns = {name: [float(result[name]) for result in found]
-               for name in ("artifact_bytes", "val_bpb", "steps", "train_s", "tokens")}  # fmt: skip
+    names = ("artifact_bytes", "val_bpb", "steps", "train_s", "tokens")
+    columns = {name: [float(result[name]) for result in found] for name in names}
     scores = columns["val_bpb"]
     params, flops = count_work(config)
     return Row(
-        plan, shlex.join(own), [str(plan.folder) for plan in plans], train_gpt.hash_counted_code(config),
-        params, flops, mean(columns["artifact_bytes"]), mean(scores), sample_std(scores) if len(scores) > 1 else None,
-        scores, mean(columns["steps"]), mean(columns["train_s"]), sum(columns["tokens"]) / sum(columns["train_s"]),
-    )  # fmt: skip
+        plan=plan,
+        options=shlex.join(own),
+        runs=[str(plan.folder) for plan in plans],
+        code_sha256=train_gpt.hash_counted_code(config),
+        params=params,
+        flops_per_token=flops,
+        artifact_bytes=mean(columns["artifact_bytes"]),
+        val_bpb=mean(scores),
+        val_bpb_std=sample_std(scores) if len(scores) > 1 else None,
+        val_bpb_runs=scores,
+        steps=mean(columns["steps"]),
+        train_s=mean(columns["train_s"]),
+        tokens_per_s=sum(columns["tokens"]) / sum(columns["train_s"]),
+    )
 
 
 def count_work(config: train_gpt.Config) -> tuple[int, int]:
@@ -96,13 +106,17 @@ def count_work(config: train_gpt.Config) -> tuple[int, int]:
 
 def format_table(rows: list[Row]) -> str:
     width = max(24, *(len(f"{row.plan} {row.options}") + 2 for row in rows))
-    lines = [f"{'plan':<{width}}{'params':>12}{'bytes':>12}{'val_bpb':>10}{'std':>9}{'tokens/s':>11}{'steps':>8}"
-             f"{'train s':>9}{'MFLOP/token':>13}"]  # fmt: skip
+    lines = [
+        f"{'plan':<{width}}{'params':>12}{'bytes':>12}{'val_bpb':>10}{'std':>9}{'tokens/s':>11}{'steps':>8}"
+        f"{'train s':>9}{'MFLOP/token':>13}"
+    ]
     for row in rows:
         std = "-" if row.val_bpb_std is None else f"{row.val_bpb_std:.5f}"
-        lines.append(f"{f'{row.plan} {row.options}':<{width}}{row.params:>12,}{row.artifact_bytes:>12,.0f}"
-                     f"{row.val_bpb:>10.5f}{std:>9}{row.tokens_per_s:>11,.0f}{row.steps:>8,.0f}{row.train_s:>9.1f}"
-                     f"{row.flops_per_token / 1e6:>13.2f}")  # fmt: skip
+        lines.append(
+            f"{f'{row.plan} {row.options}':<{width}}{row.params:>12,}{row.artifact_bytes:>12,.0f}"
+            f"{row.val_bpb:>10.5f}{std:>9}{row.tokens_per_s:>11,.0f}{row.steps:>8,.0f}{row.train_s:>9.1f}"
+            f"{row.flops_per_token / 1e6:>13.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -115,8 +129,16 @@ def draw(rows: list[Row], out: Path) -> None:
             axes.vlines(size, min(row.val_bpb_runs), max(row.val_bpb_runs), color=GREY, linewidth=1, zorder=2)
             axes.scatter([size] * len(row.runs), row.val_bpb_runs, marker="_", color=GREY, s=60, linewidths=1, zorder=2)
     speeds = [row.tokens_per_s for row in rows]
-    marks = axes.scatter(sizes, [row.val_bpb for row in rows], c=speeds, cmap="cividis", s=110, edgecolors="black",
-                         linewidths=0.8, zorder=3)  # fmt: skip
+    marks = axes.scatter(
+        sizes,
+        [row.val_bpb for row in rows],
+        c=speeds,
+        cmap="cividis",
+        s=110,
+        edgecolors="black",
+        linewidths=0.8,
+        zorder=3,
+    )
     figure.colorbar(marks, label="training speed (tokens/s)", format="{x:,.0f}")
     axes.margins(0.18)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -135,16 +157,21 @@ def name_rows(rows: list[Row]) -> list[str]:
     """The plan, with those of its options that tell it from others of the same plan."""
     names = []
     for row in rows:
-        own, *others = [set(re.findall(r"--.+?(?=\s--|$)", r.options))
-                        for r in [row, *(r for r in rows if r.plan == row.plan and r is not row)]]  # fmt: skip
-        extra = sorted(own - set.intersection(*others)) if others else []
+        own = find_options(row)
+        others = [find_options(r) for r in rows if r.plan == row.plan and r is not row]
+        extra = sorted(option for option in own if not all(option in theirs for theirs in others))
         names.append("\n".join([row.plan, *extra]))
     return names
 
 
+def find_options(row: Row) -> set[str]:
+    """The options of a plan, each with its value."""
+    return set(re.findall(r"--.+?(?=\s--|$)", row.options))
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.sweep", description=__doc__)
-    parser.add_argument("plans", nargs="+", metavar="PLAN", help="a loop plan, with options of its own behind it")
+    parser.add_argument("plans", nargs="+", metavar="PLAN", help="a loop plan, followed by its own options")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], metavar="N", help="seeds of every plan [1337]")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, by torchrun [1]")
     parser.add_argument("--name", default="sweep", help="runs are called NAME-LETTERS-DIGEST-seedN [sweep]")

@@ -27,11 +27,11 @@ BATCH = 16  # windows that are scored in one forward
 
 
 class InputError(Stop):
-    """Input that does not fit together: one line that names it and the mend."""
+    """Input that does not fit together: one line that names it and the fix."""
 
 
 class Speller:
-    """Bytes to tokens and back, for any bytes. Text goes through the tokenizer, as a document of its own; bytes that
+    """Bytes to tokens and back, for any bytes. Text goes through the tokenizer, as its own document; bytes that
     are not UTF-8, and characters that this tokenizer would change, go by byte pieces and leave the rest as it is.
     The bytes of tokens are those of their pieces; the space that the tokenizer puts before a document is left out."""
 
@@ -39,7 +39,7 @@ class Speller:
         self.tokenizer = tokenizer
         self.pieces = [self.read_piece(token) for token in range(len(tokenizer))]
         self.by_byte = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self.opener = chr(LETTERS_OF_NOBODY[0])  # text behind it gets no space of its own in front
+        self.opener = chr(LETTERS_OF_NOBODY[0])  # text after it gets no space in front
         self.opener_tokens = len(encode_document(tokenizer, self.opener))
 
     def read_piece(self, token: int) -> bytes:
@@ -93,7 +93,7 @@ class Predictor:
     mode: str
 
     def row(self, tokens: list[int]) -> Tensor:
-        """The tokens of one document behind its BOS."""
+        """The tokens of one document after its BOS."""
         return torch.tensor([self.config.bos_id, *tokens])
 
     def build_scorer(self, batch: int = 1) -> WindowScorer:
@@ -134,7 +134,7 @@ def read_file(path: Path) -> bytes:
 
 def add_model_options(parser: argparse.ArgumentParser, default_mode: str = "") -> None:
     """--tokenizer, and --mode where there is a choice."""
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
+    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model next to the artifact")
     if default_mode:
         modes = tuple(train_gpt.SCORERS)
         parser.add_argument("--mode", choices=modes, default="", help=f"how to predict (default: {default_mode})")

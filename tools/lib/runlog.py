@@ -11,7 +11,7 @@ from loopgolf.errors import Stop
 
 
 class RunError(Stop):
-    """A run folder that cannot be used: one line that names it and the mend."""
+    """A run folder that cannot be used: one line that names it and the fix."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import train_gpt
 from tools.submission.entry import Entry, claims_by_seed
 from tools.submission.summary import PER_RUN_SETTINGS
-from tools.submission.trainlog import TrainLog
+from tools.submission.trainlog import TrainLog, parse_int
 from tools.submission.verdicts import BAD, OK, UNKNOWN, Found, Rule, register
 
 RULES: dict[str, Rule] = {}
@@ -86,6 +86,9 @@ def contradictions(log: TrainLog) -> Iterator[str]:
     steps = [line.values.get("step", "") for line in log.lines if line.event == "train"]
     if log.steps and steps and steps[-1].isdigit() and int(steps[-1]) > log.steps:
         yield f"{log.steps} steps in the result, {steps[-1]} in a train line"
+    tokens = parse_int(log.last("train").get("tokens"))  # older logs lack it
+    if log.tokens is not None and tokens is not None and tokens > log.tokens:
+        yield f"{log.tokens} tokens in the result, {tokens} in a train line"
 
 
 @rule
@@ -128,7 +131,7 @@ def differing_facts(first: TrainLog, log: TrainLog) -> Found:
 
 @rule
 def seeds(entry: Entry) -> Found:
-    """As many different seeds as the track asks for, each with a log of its own, the same as in submission.json."""
+    """As many different seeds as the track asks for, each with its own log, the same as in submission.json."""
     wanted = 3 if entry.ours and not entry.track else entry.track_or_any.seeds
     logged = [log.seed for log in entry.logs]
     known = sorted(seed for seed in logged if seed is not None)

@@ -22,7 +22,7 @@ TOLERANCE = 0.001  # bits per byte
 
 
 def score_again(entry: Entry, data_path: Path, device: str = "auto") -> Verdict:
-    """The verdict of a rule of its own, which needs the validation text."""
+    """The verdict of a separate rule, which needs the validation text."""
     found: list[tuple[str, str]] = []
     pairs = [(entry.folder / f"artifact_seed{log.seed}.lg", log) for log in entry.logs if log.ours]
     pairs = [(path, log) for path, log in pairs if path.is_file()]

@@ -1,4 +1,4 @@
-"""Looks into the scripts of submission folders without running them: ours, packed by tools.pack beside its readable
+"""Looks into the scripts of submission folders without running them: ours, packed by tools.pack next to its readable
 source, and strangers', plain or wrapped in a decompressing line.
 """
 
@@ -166,7 +166,7 @@ def unwrap(content: bytes) -> tuple[ast.Module, bool]:
 
 
 def helper_files(script: Path, tree: ast.Module) -> list[Path]:
-    """Python files beside the script that it imports or names: they count as code too."""
+    """Python files next to the script that it imports or names: they count as code too."""
     named = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

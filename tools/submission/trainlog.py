@@ -51,6 +51,7 @@ class TrainLog:
     scores: list[Score] = field(default_factory=list)  # of the exported model, in the order of the log
     is_finished: bool = False
     steps: int | None = None
+    tokens: int | None = None  # ours only: consumed in training
     train_s: float | None = None
     eval_s: float | None = None
     step_ms: float | None = None
@@ -146,6 +147,7 @@ def read_ours(log: TrainLog, text: str) -> None:
     log.is_finished = bool(log.lines) and log.lines[-1].event == "result" and "artifact_sha256" in result
     log.seed = parse_int(log.last("run").get("seed"))
     log.steps = parse_int(result.get("steps"))
+    log.tokens = parse_int(result.get("tokens", log.last("train").get("tokens")))  # older train lines tell none
     log.train_s = parse_float(result.get("train_s"))
     log.eval_s = parse_float(result.get("eval_s"))
     log.artifact_bytes = parse_int(result.get("artifact_bytes"))
