@@ -240,7 +240,7 @@ def packed_kernels(tmp_path_factory):
     sources["train_gpt.py"] = "\n".join([*uses, f"def main(): return {', '.join(PUBLIC.values())}"])
     folder = tmp_path_factory.mktemp("packed")
     kernels = {}
-    for place, text in tools.pack.shorten(sources).items():
+    for place, text in tools.pack.shorten(sources, "4b7l").items():
         if place.startswith("kernels/"):
             path = folder / Path(place).name
             path.write_text(text)

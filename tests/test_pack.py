@@ -25,28 +25,21 @@ def config_of(recipe: str) -> train_gpt.Config:
     return train_gpt.parse_config(["--recipe", recipe], {})[0]
 
 
-def used_modules(recipe: str) -> tuple[str, ...]:
-    """The lazy ones."""
-    return tuple(train_gpt.used_modules(config_of(recipe)))
-
-
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory) -> dict[tuple[str, ...], Path]:
-    """The scripts of all recipes, by the lazy modules that they use: those that use the same have the same script. They
-    are made from a record's readable source, so that tools.pack itself has to agree with that."""
-    found = {}
+def scripts(tmp_path_factory) -> dict[str, Path]:
+    """The scripts of all recipes, from a record's readable source, so that tools.pack itself has to agree with that."""
+    folder, found = tmp_path_factory.mktemp("packed"), {}
     for recipe in train_gpt.RECIPES:
-        if used_modules(recipe) not in found:
-            path = tmp_path_factory.mktemp("packed") / f"renamed_{recipe}.py"
-            path.write_bytes(script.pack_sources(script.join_sources(script.counted_sources(config_of(recipe)))))
-            found[used_modules(recipe)] = path
+        found[recipe] = folder / f"renamed_{recipe}.py"
+        human = script.join_sources(script.counted_sources(config_of(recipe)))
+        found[recipe].write_bytes(script.pack_sources(human, recipe))
     return found
 
 
 @pytest.fixture
 def packed(scripts) -> Path:
     """The script of a recipe without experts."""
-    return scripts[used_modules("pocket")]
+    return scripts["pocket"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,8 +78,9 @@ def result_of(folder: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
+def test_it_makes_the_artifact_of_the_source(ranks, scripts, dataset, tmp_path):
     """In an empty folder, where nothing of the repository is found; and it leaves nothing of itself behind."""
+    packed = scripts["4b7l"]
     arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora", **QUICK)
     ours, source = tmp_path / "ours", tmp_path / "source"
     processes = [
@@ -100,7 +94,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     assert mine["total_bytes"] == mine["artifact_bytes"] + mine["code_bytes"]
     assert not list((ours / "tmp").glob("loopgolf-*"))
     # logs prove what ran: the source, and the modules inside
-    sources = script.counted_sources(config_of("pocket"))
+    sources = script.counted_sources(config_of("4b7l"))
     assert f"code_sha256:{script.hash_sources(sources)}" in (source / "runs/r/log.txt").read_text()
     modules = script.unpack_modules(packed.read_bytes())
     assert f"code_sha256:{script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
@@ -117,21 +111,24 @@ def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
 
 @pytest.mark.slow
 def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
-    mixed = scripts[used_modules("osrt_v4")]
+    mixed = scripts["osrt_v4"]
     inside, others = (set(script.unpack_modules(path.read_bytes())) for path in (mixed, packed))
     assert (inside - others, others - inside) == ({"loopgolf/moe.py"}, {"loopgolf/adapting.py"})
     assert "loopgolf/artifact_v2.py" not in inside | others
     options = ["--code_reserve", str(RESERVE), "--moe_experts", "3"]
     assert tools.pack.main(["--recipe", "baseline9", "--out", str(tmp_path / "p.py"), "--", *options]) == 0
-    assert (tmp_path / "p.py").read_bytes() == mixed.read_bytes()
+    assert set(script.unpack_modules((tmp_path / "p.py").read_bytes())) == inside
 
 
 @pytest.mark.slow
 def test_what_is_not_packed_is_one_line(scripts, packed, tmp_path, capsys):
     arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
-    mixed, without = start(scripts[used_modules("osrt_v4")], arguments, tmp_path), start(packed, arguments, tmp_path)
+    mixed = start(scripts["osrt_v4"], arguments, tmp_path)
+    without = start(packed, ["--recipe=pocket", "--moe_experts=11", "--moe_hidden=64", "--dry_run"], tmp_path)
+    other = start(packed, arguments, tmp_path)
     assert train_gpt.main(arguments, {}) == 0
     assert end(mixed) == tuple(capsys.readouterr())
+    assert end(other, code=2) == ("", "error: recipe=osrt_v4: choose from pocket\n")
     out, err = end(without, code=2)
     assert (out, err) == (
         "",
@@ -144,7 +141,7 @@ def test_a_damaged_script_does_not_start(packed, tmp_path):
     with zipfile.ZipFile(packed) as archive:
         content[archive.getinfo("code").header_offset + 400] ^= 1
     (tmp_path / "bad.py").write_bytes(content)
-    end(start(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path), code=1)
+    end(start(tmp_path / "bad.py", ["--recipe", "pocket", "--dry_run"], tmp_path), code=1)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +156,7 @@ def test_a_damaged_script_does_not_start(packed, tmp_path):
     ],
 )
 def test_what_cannot_be_packed_is_one_line(arguments, code, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tools.pack, "pack", lambda sources: bytes(9500))
+    monkeypatch.setattr(tools.pack, "pack", lambda sources, recipe: bytes(9500))
     assert tools.pack.main(["--recipe", "pocket", "--out", str(tmp_path / "p.py"), *arguments]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words)
@@ -241,13 +238,17 @@ RULES = {
         SAME,
     ),
     "jit": ("@triton.jit\ndef main(first):total=first;other=total;return total,other", SAME),
+    "one recipe": (
+        "RECIPES:dict={'a':dict(x=1),'b':dict(x=2)}\ndef main():return RECIPES",
+        "RECIPES={'b':dict(x=2)}\ndef main():return RECIPES",
+    ),
     "builtins": ("def main():return len,len,len,len,len,'text','text','text',None,None,None", SAME),
 }
 
 
 @pytest.mark.parametrize("text, expected", RULES.values(), ids=RULES)
 def test_rule(text, expected):
-    found = tools.pack.shorten({"train_gpt.py": text})["train_gpt.py"]
+    found = tools.pack.shorten({"train_gpt.py": text}, "b")["train_gpt.py"]
     assert found.removesuffix("\n") == (expected or text)
 
 
@@ -288,7 +289,7 @@ def test_rule(text, expected):
 )
 def test_modules(sources, expected):
     """`expected`: what differs from the sources; None for what goes."""
-    found = {path: text.removesuffix("\n") for path, text in tools.pack.shorten(sources).items()}
+    found = {path: text.removesuffix("\n") for path, text in tools.pack.shorten(sources, "b").items()}
     assert found == {path: text for path, text in (sources | expected).items() if text is not None}
 
 

@@ -342,7 +342,7 @@ FAULTS = [
 ]
 POCKET_FAULTS = [
     ("train_tokens readme", in_log, CONFIG.format("iterations"), r"\g<1>0", SEEDS),
-    ("train_tokens", in_log, r"^(result .* tokens:)\d+", r"\g<1>100"),
+    ("log_sums train_tokens", in_log, r"^(result .* tokens:)\d+", r"\g<1>100"),
     ("artifacts", flip_bit, "artifact_seed42.lg"),
     ("artifacts", copy, "artifact_seed1337.lg", "artifact_seed42.lg"),
     ("artifacts", copy, "artifact_seed42.lg", "artifact_seed7.lg"),

@@ -25,6 +25,7 @@ Rules. What is packed is the source, but for these; nothing else in it has to be
    more.
 6. Local variables get short names, for 6% of the bytes. Parameters, attributes and what stands at the top of a module
    keep theirs, and so does everything in functions under triton.jit or custom_op.
+7. Of RECIPES one stays, the recipe that is packed.
 """
 
 from __future__ import annotations
@@ -127,9 +128,10 @@ def decorator_names(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
 
 
 class Strip(ast.NodeTransformer):
-    """Rules 2 and 3."""
+    """Rules 2, 3 and 7."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
         self.fields: set[ast.AnnAssign] = set()
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
@@ -156,6 +158,8 @@ class Strip(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
         self.generic_visit(node)
+        if "RECIPES" in names_in(node.target) and isinstance(node.value, ast.Dict):
+            keep_entry(node.value, self.recipe)
         if node not in self.fields:
             return ast.Assign([node.target], node.value) if node.value else ast.Pass()
         if not names_in(node.annotation) & TELLING:
@@ -167,6 +171,13 @@ class Strip(ast.NodeTransformer):
         if isinstance(node.func, ast.Name) and node.func.id == "option" and len(node.args) > 1:
             node.args[1] = ast.Constant("")
         return node
+
+
+def keep_entry(table: ast.Dict, key: str) -> None:
+    """Drops every other entry of a table whose keys are words."""
+    pairs = [(k, v) for k, v in zip(table.keys, table.values) if isinstance(k, ast.Constant) and k.value == key]
+    table.keys = [k for k, _ in pairs]
+    table.values = [v for _, v in pairs]
 
 
 def drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> None:
@@ -268,14 +279,14 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def shorten(sources: Mapping[str, str]) -> dict[str, str]:
-    """What is packed of source files, by their paths."""
+def shorten(sources: Mapping[str, str], recipe: str) -> dict[str, str]:
+    """What is packed of source files for a recipe, by their paths."""
     paths = {module_name(path): path for path in sources}
     trees = {name: ast.parse(sources[path]) for name, path in paths.items()}
     lazy = trees.keys() - set(follow_imports(trees.get, []))
     used_before = {name: names_used(tree) for name, tree in trees.items()}
     for tree in trees.values():
-        Strip().visit(tree)
+        Strip(recipe).visit(tree)
         split_imports(tree)
     keep_reached(trees.values())
     for name, tree in trees.items():
@@ -284,9 +295,9 @@ def shorten(sources: Mapping[str, str]) -> dict[str, str]:
     return {paths[name]: minify(trees[name]) for name in follow_imports(trees.get, lazy)}
 
 
-def pack(sources: Mapping[str, str]) -> bytes:
-    """The script that holds these source files, which are given by their paths."""
-    parts = [part for pair in shorten(sources).items() for part in pair]
+def pack(sources: Mapping[str, str], recipe: str) -> bytes:
+    """The script that runs a recipe and holds these source files, which are given by their paths."""
+    parts = [part for pair in shorten(sources, recipe).items() for part in pair]
     entries = {"__main__.py": STUB.encode(), "code": bz2.compress("\0".join([START, *parts]).encode())}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -300,7 +311,7 @@ def pack(sources: Mapping[str, str]) -> bytes:
 def run(args: argparse.Namespace, options: list[str]) -> None:
     config, _ = train_gpt.parse_config([f"--recipe={args.recipe}", *options], {})
     reserve = config.code_reserve if args.code_reserve is None else args.code_reserve
-    content = pack(read_counted(config))
+    content = pack(read_counted(config), config.recipe)
     if len(content) > reserve:
         what = f"the code of recipe {config.recipe} is packed in {len(content):,} bytes"
         raise DoesNotFit(f"code_reserve={reserve:,}: {what}; raise --code_reserve, here and for the run")

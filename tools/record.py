@@ -122,7 +122,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
         wanted = f"{meta['track']} asks for {track.seeds} seeds"
         raise RunError(f"{out}: {len(logs)} runs, and {wanted}; run more with tools.seeds")
     human = join_sources(sources_of_runs(logs, folders))
-    code = pack_sources(human)
+    code = pack_sources(human, logs[0].settings["recipe"])
     reserve = int(logs[0].settings["code_reserve"])
     if track.counts_code and len(code) > reserve:
         raise DoesNotFit(f"the packed code has {len(code)} bytes, more than code_reserve={reserve} of the runs")
@@ -145,7 +145,7 @@ def build(out: Path, folders: list[Path], meta: dict[str, str]) -> list[Verdict]
 
 def write_folder(inside: Path, logs: list[TrainLog], folders: list[Path], human: str, meta: dict[str, str]) -> None:
     """All files of a submission. `human`: the readable source."""
-    track, code = TRACKS[meta["track"]], pack_sources(human)
+    track, code = TRACKS[meta["track"]], pack_sources(human, logs[0].settings["recipe"])
     (inside / "train_gpt.py").write_bytes(code)
     (inside / "train_gpt_human.py").write_text(human, encoding="utf-8")
     shutil.copyfile(ROOT / "requirements.txt", inside / "requirements.txt")

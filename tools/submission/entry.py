@@ -34,6 +34,11 @@ class Entry:
         return any(log.ours for log in self.logs)
 
     @property
+    def recipe(self) -> str:
+        """What the first log ran."""
+        return self.logs[0].settings.get("recipe", "") if self.logs else ""
+
+    @property
     def is_settled(self) -> bool:
         """Whether the logs are certainly those of the submission, with none of other experiments among them."""
         are_named = all(log.name_seed is not None for log in self.logs)

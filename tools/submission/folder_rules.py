@@ -270,7 +270,7 @@ def code(entry: Entry) -> Found:
 def packed_from(entry: Entry, human: str) -> Found:
     """Whether tools.pack makes the script from the readable source."""
     try:
-        is_equal = entry.script is not None and pack_sources(human) == entry.script.read_bytes()
+        is_equal = entry.script is not None and pack_sources(human, entry.recipe) == entry.script.read_bytes()
     except PackError as error:
         yield UNKNOWN, f"train_gpt_human.py cannot be packed: {error}"
         return
@@ -350,7 +350,7 @@ def is_from_here(entry: Entry, script: Path) -> bool:
         return True
     sources = repository_sources(entry)
     try:
-        return bool(sources) and script.read_bytes() == pack_sources(join_sources(sources))
+        return bool(sources) and script.read_bytes() == pack_sources(join_sources(sources), entry.recipe)
     except PackError:
         return False
 

@@ -62,9 +62,9 @@ def split_sources(text: str) -> dict[str, str]:
 
 
 @cache
-def pack_sources(joined: str) -> bytes:
-    """What tools.pack makes of the files in a readable source."""
-    return pack.pack(split_sources(joined))
+def pack_sources(joined: str, recipe: str) -> bytes:
+    """What tools.pack makes of the files in a readable source for a recipe."""
+    return pack.pack(split_sources(joined), recipe)
 
 
 def unpack_modules(content: bytes) -> dict[str, str]:
