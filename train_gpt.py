@@ -226,7 +226,7 @@ class Config(Run, Size, Training, Stored):
 
     def __post_init__(self) -> None:
         check_limits(self)
-        for name in ("recipe", "optimizer", "score_mode"):
+        for name in ("optimizer", "score_mode"):
             check_choice(name, getattr(self, name), list_choices(name))
         for word in self.also.split(","):
             check_choice("also", word, list_choices("also"))
@@ -392,7 +392,7 @@ def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict
         origin, base = "file", settings_of_file(Path(given["score"]), given)
     else:
         recipe = given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
-        origin, base = "recipe", {"recipe": recipe, **RECIPES.get(recipe, {})}
+        origin, base = "recipe", settings_of_recipe(recipe)
     values: dict[str, Any] = {}
     source: dict[str, str] = {}
     for layer, settings in (("default", defaults), (origin, base), ("env", from_env), ("cli", given)):
@@ -400,6 +400,11 @@ def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict
         source |= dict.fromkeys(settings, layer)
     source |= dict.fromkeys(from_env.keys() - from_line.keys(), "env")
     return Config(**values), source
+
+
+def settings_of_recipe(name: str) -> dict[str, Any]:
+    check_choice("recipe", name, list_choices("recipe"))
+    return {"recipe": name, **RECIPES[name]}
 
 
 def load_started_config(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -422,7 +427,7 @@ def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """What a finished file is scored with: its stored settings, and the text of its run where it still lies in the
     folder of that run, so that --score alone repeats the score. The machine decides nothing."""
     stored = asdict(config_from_stored(load_artifact(path).stored))
-    base = {"recipe": given.get("recipe", "4b7l"), **RECIPES.get(given.get("recipe", ""), {})}
+    base = settings_of_recipe(given["recipe"]) if "recipe" in given else {}
     base |= {f.name: stored[f.name] for f in fields(Stored)}
     base["batch_tokens"] = given.get("seq_len", stored["seq_len"])
     started = path.with_name("config.json")

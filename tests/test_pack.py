@@ -78,9 +78,8 @@ def result_of(folder: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_it_makes_the_artifact_of_the_source(ranks, scripts, dataset, tmp_path):
+def test_it_makes_the_artifact_of_the_source(ranks, packed, dataset, tmp_path):
     """In an empty folder, where nothing of the repository is found; and it leaves nothing of itself behind."""
-    packed = scripts["4b7l"]
     arguments = tiny_options(dataset, run_id="r", iterations=3, calibration_tokens=256, score_mode="lora", **QUICK)
     ours, source = tmp_path / "ours", tmp_path / "source"
     processes = [
@@ -94,7 +93,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, scripts, dataset, tmp_path):
     assert mine["total_bytes"] == mine["artifact_bytes"] + mine["code_bytes"]
     assert not list((ours / "tmp").glob("loopgolf-*"))
     # logs prove what ran: the source, and the modules inside
-    sources = script.counted_sources(config_of("4b7l"))
+    sources = script.counted_sources(config_of("pocket"))
     assert f"code_sha256:{script.hash_sources(sources)}" in (source / "runs/r/log.txt").read_text()
     modules = script.unpack_modules(packed.read_bytes())
     assert f"code_sha256:{script.hash_sources(modules)}" in (ours / "runs/r/log.txt").read_text()
