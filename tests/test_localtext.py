@@ -5,15 +5,21 @@ Built here from small trees and one small installed distribution, never from all
     python -m pytest tests/test_localtext.py
 """
 
+import argparse
+import ast
 import gc
 import itertools
 import json
+import logging
+import marshal
 import os
+import py_compile
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from importlib.metadata import distribution
@@ -63,6 +69,30 @@ def test_documentation_of_all_kinds_is_found_and_nothing_runs(tmp_path: Path) ->
     found = localtext.parse_documents(tmp_path / "source.py")
     assert sorted(found) == sorted([*texts[:2], texts[2] + "\n\na\n    b", *texts[3:6]])
     assert not (tmp_path / "ran").exists()
+
+
+def test_compiled_code_tells_the_same_as_the_source(tmp_path: Path) -> None:
+    """From the cache, from a cache that is out of date, and without one; on real modules and on odd ones."""
+    odd = (
+        '"""A module."""\nx = lambda: "text"\ny = [(lambda z: z)(a) for a in ["text"]]\n'
+        'def f():\n    "docs"\n    def g(): return "text"\n    class C:\n        """Docs of C."""\n        def h(self): """Docs of h."""\n'
+        'class D:\n    x = "text"\nclass E:\n    "Docs of E."\nasync def i(): "Docs of i."\ndef j():\n    return "text"\n'
+        'def k():\n    f"{1} text"\ndef l():\n    b"text"\ndef m():\n    yield "text"\n'
+    )
+    (tmp_path / "odd.py").write_text(odd)
+    paths = [Path(module.__file__) for module in (ast, argparse, json, logging, typing)]
+    for path in [*paths, tmp_path / "odd.py"]:
+        content = path.read_bytes()
+        expected = sorted(filter(None, localtext.find_in_tree(path, content)))
+        assert sorted(localtext.find_in_code(localtext.load_code(path, content))) == expected, path
+        assert expected
+    cached = Path(py_compile.compile(str(tmp_path / "odd.py")))
+    assert marshal.loads(cached.read_bytes()[16:]) == localtext.load_code(tmp_path / "odd.py", odd.encode())
+    (tmp_path / "odd.py").write_text("def f():\n    'New docs.'\n")
+    content = (tmp_path / "odd.py").read_bytes()
+    assert localtext.find_in_code(localtext.load_code(tmp_path / "odd.py", content)) == ["New docs."]
+    cached.write_bytes(cached.read_bytes()[:40])
+    assert localtext.find_in_code(localtext.load_code(tmp_path / "odd.py", content)) == ["New docs."]
 
 
 def test_help_topics_are_found(tmp_path: Path) -> None:
