@@ -15,6 +15,7 @@ run: .venv/ready
 	$(PY) -m data.localtext
 	$(PY) train_gpt.py --recipe pocket --run_id $(RUN_ID)
 	$(PY) -m tools.plot runs/$(RUN_ID)
+	$(PY) -m tools.summary runs/$(RUN_ID)
 
 check: lint
 	$(PYTEST) -m "not slow"

@@ -32,6 +32,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before torch is loaded: threads that wait must not spin, other programs need the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import sentencepiece
 import torch

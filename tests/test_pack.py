@@ -241,6 +241,10 @@ RULES = {
         "RECIPES:dict={'a':dict(x=1),'b':dict(x=2)}\ndef main():return RECIPES",
         "RECIPES={'b':dict(x=2)}\ndef main():return RECIPES",
     ),
+    "what only a script does": (
+        "import os\nif __name__=='__main__':os.x()\ndef main():return os\nif __name__=='__main__':main()",
+        "import os\ndef main():return os",
+    ),
     "builtins": ("def main():return len,len,len,len,len,'text','text','text',None,None,None", SAME),
 }
 

@@ -26,6 +26,7 @@ Rules. What is packed is the source, but for these; nothing else in it has to be
 6. Local variables get short names, for 6% of the bytes. Parameters, attributes and what stands at the top of a module
    keep theirs, and so does everything in functions under triton.jit or custom_op.
 7. Of RECIPES one stays, the recipe that is packed.
+8. What stands under `if __name__ == "__main__"` goes: the start script does it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ parts = bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
 exec(parts[0])
 """
 START = """import os, sys, tempfile
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 code_bytes = os.path.getsize(sys.path[0])
 with tempfile.TemporaryDirectory(prefix="loopgolf-", ignore_cleanup_errors=True) as folder:
     for name, text in zip(parts[1::2], parts[2::2]):
@@ -128,7 +130,7 @@ def decorator_names(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
 
 
 class Strip(ast.NodeTransformer):
-    """Rules 2, 3 and 7."""
+    """Rules 2, 3, 7 and 8."""
 
     def __init__(self, recipe: str) -> None:
         self.recipe = recipe
@@ -136,6 +138,7 @@ class Strip(ast.NodeTransformer):
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
         drop_docstring(node)
+        node.body = [line for line in node.body if not (isinstance(line, ast.If) and "__name__" in names_in(line.test))]
         self.generic_visit(node)
         return node
 
