@@ -164,7 +164,9 @@ def assert_refused(result: SimpleNamespace, code: int, *parts: str) -> None:
 
 
 @pytest.mark.slow
-def test_download_makes_a_dataset_folder(hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_download_makes_a_dataset_folder(
+    hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / "fineweb"
     result = download_in_process_of_its_own(hub, out)
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -212,7 +214,9 @@ def test_a_broken_transfer_is_refused_and_resumed(hub: Hub, download: Callable, 
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_published_broken(hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_shard_that_is_published_broken(
+    hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path
+) -> None:
     good = published[LAST]
     for content, fault in ((b"", "zero-byte file"), (good[:-2], "truncated"), (b"<html>" + good, "wrong magic")):
         hub.files[LAST] = content

@@ -286,7 +286,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, out, text = tmp_path / "t.model", tmp_path / "out", tmp_path / "a.jsonl"
     assert program.main(["train", "--out", str(model), "--vocab-size", "300", str(text)]) == 0
     assert capsys.readouterr().out.startswith("tokenizer vocab_size:300 sha256:")
-    command = [sys.executable, "-m", "data.tokenizer", "encode", "--tokenizer", model, "--out", out, "--workers=1", text]
+    command = [
+        sys.executable,
+        "-m",
+        "data.tokenizer",
+        "encode",
+        "--tokenizer",
+        model,
+        "--out",
+        out,
+        "--workers=1",
+        text,
+    ]
     encoded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert encoded.returncode == 0 and encoded.stderr == "", encoded.stderr  # no progress bar off a terminal
     events = [dict(pair.split(":", 1) for pair in line.split()[1:]) for line in encoded.stdout.splitlines()]
