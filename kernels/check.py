@@ -182,9 +182,9 @@ def check(case: Case) -> bool:
     return factor <= MOST
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.parse_args(argv)
     fault = "no usable CUDA device" if not torch.cuda.is_available() else "" if head.triton else "no triton"
     if fault:
         print(
@@ -201,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

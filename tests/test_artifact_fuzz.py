@@ -96,7 +96,7 @@ def test_damage_is_an_error_or_loads_within_bounds(contents):
     parts = [split(content) for content in contents]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(MUTATIONS):
-        which = int(number % 100 < 2)  # our own coder takes longer, so fewer go to it
+        which = int(number % 200 < 2)  # our own coder takes longer, so fewer go to it
         header, streams = parts[which]
         if number % 2:
             damaged = damage_bytes(contents[which], draw)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, clean_environment, events, tiny_options, write_artifact
+from helpers import events, tiny_options, write_artifact
 
 import train_gpt
 from loopgolf.runtime import RunContext
-from tools import depth, sweep
+from tools import depth, seeds, sweep
 from tools.lib.exits import EarlyExit
 
 LOOP = dict(plan="ab(^cd~)*re", skips="none", depth=3, max_r=4, xsa_passes="none", ve_passes="none")
@@ -145,8 +145,8 @@ def swept(options, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        for name, value in clean_environment(PYTHONPATH=ROOT).items():
-            patch.setenv(name, value)
+        # not in a process for each run: that is tested with tools.seeds
+        patch.setattr(seeds, "run_child", lambda command, environ: train_gpt.main(command[2:], {}))
         assert sweep.main([*PLANS, "--seeds", "3", "--", *options]) == 0
     return cwd
 

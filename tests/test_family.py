@@ -51,9 +51,9 @@ def test_a_dry_run_counts_the_published_parameters(recipe, capsys):
 
 # Sizes only: what a recipe switches on stays on.
 SMALL = dict(
-    model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8, vocab_size=384, seq_len=32, batch_tokens=256,
-    bigram_dim=16, bigram_buckets=256, ve_dim=16, moe_experts=4, moe_hidden=16, adapter_rank=4, max_r=6, stride=8,
-    average_every=1, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, lora_rank=2, lora_chunk=16,
+    model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=8, vocab_size=384, seq_len=32, batch_tokens=256,
+    bigram_dim=8, bigram_buckets=64, ve_dim=8, moe_experts=3, moe_hidden=16, adapter_rank=4, max_r=6, stride=8,
+    average_every=1, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, lora_rank=2, lora_chunk=32,
 )  # fmt: skip
 HERE = dict(device="cpu", dtype="float32", compile="none")
 LION = dict(matrix_lr=0.003, table_lr=0.003, vector_lr=0.003)
@@ -79,7 +79,7 @@ def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_
     scoring = HERE | dict(data_path=dataset, also="none", score_documents=4, score_batch=4)
     text = call(train_gpt, **settings, **scoring)
     losses = [float(line["train_loss"]) for line in events(text, "train")]
-    assert sum(losses[-3:]) / 3 < losses[0] - 0.4, losses
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.25, losses
     check_telemetry(recipe, events(text, "telemetry"))
     (result,) = events(text, "result")
     assert 0 < float(result["val_loss"]) < losses[0] and result["fits"] == "yes"
@@ -89,7 +89,7 @@ def test_a_small_model_of_a_recipe_lives_from_data_to_text(recipe, dataset, tmp_
     for name in ("val_bpb", "val_loss", "score_mode", "artifact_sha256"):
         assert again[name] == result[name], name
 
-    report = json.loads(call(audit, path, "--json", data_path=dataset, probes=2))
+    report = json.loads(call(audit, path, "--json", data_path=dataset, probes=1))
     assert report["mode"] == result["score_mode"] == own.get("score_mode", "sgd")
     assert {rule["rule"]: rule["verdict"] for rule in report["rules"]} == dict.fromkeys(audit.RULES, "holds"), report
 

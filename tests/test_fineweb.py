@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from data import fineweb
 from data.folder import write_manifest
@@ -126,15 +127,36 @@ def hub(published: dict[str, bytes]) -> Iterator[Hub]:
     hub.server.server_close()
 
 
-def download(hub: Hub, out: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """In another process: the client reads the environment when it is imported."""
+def download_in_process_of_its_own(hub: Hub, out: Path) -> subprocess.CompletedProcess:
+    """As a user would: the client reads the environment when it is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(out.parent / "cache"), "NO_PROXY": "*"} | variables
-    command = [sys.executable, "-m", "data.fineweb", "--repo", REPO, "--out", str(out), *arguments]
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(out.parent / "cache"), "NO_PROXY": "*"}
+    command = [sys.executable, "-m", "data.fineweb", "--repo", REPO, "--out", str(out)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def assert_refused(result: subprocess.CompletedProcess, code: int, *parts: str) -> None:
+@pytest.fixture
+def download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., SimpleNamespace]:
+    """The program in this process, with the client that it loads set to the server here."""
+
+    def download(out: Path, *arguments: str, url: str = hub.url, is_offline: bool = False) -> SimpleNamespace:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": is_offline}
+        caches = {name: str(tmp_path / "cache" / name) for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE")}
+        for name, value in (values | caches).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("NO_PROXY", "*")
+        capsys.readouterr()
+        code = fineweb.main(["--repo", REPO, "--out", str(out), *arguments])
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
+
+    return download
+
+
+def assert_refused(result: SimpleNamespace, code: int, *parts: str) -> None:
     assert result.returncode == code, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
     for part in parts:
@@ -142,9 +164,11 @@ def assert_refused(result: subprocess.CompletedProcess, code: int, *parts: str) 
 
 
 @pytest.mark.slow
-def test_download_makes_a_dataset_folder(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_download_makes_a_dataset_folder(
+    hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / "fineweb"
-    result = download(hub, out)
+    result = download_in_process_of_its_own(hub, out)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path.name for path in out.iterdir()} == {
         "fineweb_val_000000.bin",
@@ -164,12 +188,12 @@ def test_download_makes_a_dataset_folder(hub: Hub, published: dict[str, bytes], 
 
     hub.sent.clear()  # everything is there: only the manifest is read again
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert download(hub, out).returncode == 0 and hub.sent == ["datasets/manifest.json"]
+    assert download(out).returncode == 0 and hub.sent == ["datasets/manifest.json"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.slow
-def test_a_broken_transfer_is_refused_and_resumed(hub: Hub, tmp_path: Path) -> None:
+def test_a_broken_transfer_is_refused_and_resumed(hub: Hub, download: Callable, tmp_path: Path) -> None:
     refusals = {
         "error": "did not arrive",
         "empty": "did not arrive",
@@ -179,31 +203,33 @@ def test_a_broken_transfer_is_refused_and_resumed(hub: Hub, tmp_path: Path) -> N
     for fault, message in refusals.items():
         hub.faults[LAST] = fault
         code = 2 if fault == "flipped" else 1
-        assert_refused(download(hub, tmp_path / "out"), code, LAST, message, "run again")
+        assert_refused(download(tmp_path / "out"), code, LAST, message, "run again")
         with pytest.raises(DataError, match="no shard"):  # nobody trains on half of the data
             find_shards(tmp_path / "out", "train")
     hub.faults.clear()
     hub.sent.clear()
-    assert download(hub, tmp_path / "out").returncode == 0
+    assert download(tmp_path / "out").returncode == 0
     assert hub.sent == ["datasets/manifest.json", LAST]
     fineweb.verify(tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_published_broken(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_shard_that_is_published_broken(
+    hub: Hub, download: Callable, published: dict[str, bytes], tmp_path: Path
+) -> None:
     good = published[LAST]
     for content, fault in ((b"", "zero-byte file"), (good[:-2], "truncated"), (b"<html>" + good, "wrong magic")):
         hub.files[LAST] = content
-        assert_refused(download(hub, tmp_path / "out"), 2, LAST, fault, "another --repo")
+        assert_refused(download(tmp_path / "out"), 2, LAST, fault, "another --repo")
         assert not list((tmp_path / "out").rglob("*train_000002*")), fault
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_missing(hub: Hub, tmp_path: Path) -> None:
+def test_a_shard_that_is_missing(hub: Hub, download: Callable, tmp_path: Path) -> None:
     del hub.files[LAST]
-    assert_refused(download(hub, tmp_path / "out"), 2, LAST, "missing there", "--train_shards")
+    assert_refused(download(tmp_path / "out"), 2, LAST, "missing there", "--train_shards")
     assert not (tmp_path / "out").exists()
-    assert download(hub, tmp_path / "out", "--train-shards", "2").returncode == 0
+    assert download(tmp_path / "out", "--train-shards", "2").returncode == 0
     assert len(find_shards(tmp_path / "out", "train")) == 2
     fineweb.verify(tmp_path / "out")
 
@@ -217,9 +243,9 @@ REFUSED = [
 
 
 @pytest.mark.slow
-def test_requests_that_cannot_be_met(hub: Hub, tmp_path: Path) -> None:
+def test_requests_that_cannot_be_met(download: Callable, tmp_path: Path) -> None:
     for arguments, parts in REFUSED:
-        assert_refused(download(hub, tmp_path / "out", *arguments), 2, *parts)
+        assert_refused(download(tmp_path / "out", *arguments), 2, *parts)
         assert not (tmp_path / "out").exists(), arguments
 
 
@@ -231,10 +257,10 @@ def test_a_number_of_shards_that_makes_no_sense(capsys: pytest.CaptureFixture) -
 
 
 @pytest.mark.slow
-def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    for variables, part in (({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"), (unreachable, "did not arrive")):
-        assert_refused(download(hub, tmp_path / "out", **variables), 1, part)
+def test_without_a_network(download: Callable, tmp_path: Path) -> None:
+    unreachable = {"url": "http://127.0.0.1:9"}
+    for settings, part in (({"is_offline": True}, "unset HF_HUB_OFFLINE"), (unreachable, "did not arrive")):
+        assert_refused(download(tmp_path / "out", **settings), 1, part)
         assert not (tmp_path / "out").exists(), part
 
 

@@ -14,11 +14,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from helpers import ROOT, clean_environment
 
+import kernels.check
 import kernels.head as head
 import kernels.mlp as mlp
 import kernels.newton_schulz as newton_schulz
@@ -198,23 +200,28 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
         assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)).to(dtype))
 
 
-@pytest.mark.slow
 @outside
-def test_without_triton_and_on_a_cpu_the_plain_forms_serve():
-    assert_plain_forms_serve()
-    code = "import sys; sys.modules['triton'] = None; from tests import test_kernels as t; t.assert_plain_forms_serve()"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment(PYTHONPATH="tests"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def assert_plain_forms_serve():
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_without_triton_and_on_a_cpu_the_plain_forms_serve(has_triton, monkeypatch):
+    found = PUBLIC
+    if not has_triton:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        found = [load(module.__name__.replace(".", "_"), Path(module.__file__)) for module in PUBLIC]
+        assert all(module.triton is None for module in found)
+    head, mlp, newton_schulz, rounding = found
     x, w, t = draw(5, 8), draw(16, 8, seed=1), torch.arange(5)
     assert torch.equal(head.head_loss(x, w, t, 9.0), head.head_loss_ref(x, w, t, 9.0))
     assert torch.equal(mlp.mlp(x, w, w.mT), mlp.mlp_ref(x, w, w.mT))
-    found = newton_schulz.orthogonalize(w[None], torch.bfloat16)
-    assert torch.equal(found, newton_schulz.orthogonalize_ref(w[None], torch.bfloat16))
+    orthogonal = newton_schulz.orthogonalize(w[None], torch.bfloat16)
+    assert torch.equal(orthogonal, newton_schulz.orthogonalize_ref(w[None], torch.bfloat16))
     rounding.round_to_grid(w, torch.empty_like(w), 31, 12.85)
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def hopper_cases():
@@ -244,12 +251,8 @@ def packed_kernels(tmp_path_factory):
         if place.startswith("kernels/"):
             path = folder / Path(place).name
             path.write_text(text)
-            spec = importlib.util.spec_from_file_location(f"packed_{path.stem}", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            kernels |= {
-                name: value for name, value in vars(module).items() if isinstance(value, head.triton.JITFunction)
-            }
+            found = vars(load(f"packed_{path.stem}", path)).items()
+            kernels |= {name: value for name, value in found if isinstance(value, head.triton.JITFunction)}
     return kernels
 
 
@@ -288,16 +291,13 @@ def without_places(ttir: str) -> list[str]:
     return re.sub(r"%\w+", "%", body).split()
 
 
-@pytest.mark.slow
 @outside
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_the_check_asks_for_a_gpu_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.check"], cwd=ROOT, env=clean_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "CUDA" in line
+def test_the_check_asks_for_a_gpu_in_one_line(capsys):
+    assert kernels.check.main([]) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert not told.out and line.startswith("error: ") and "CUDA" in line
 
 
 @outside

@@ -4,6 +4,7 @@ formulas written out token by token in float64, its losses, its size, and that n
 float32 on a CPU: pytest tests/test_moe.py
 """
 
+import functools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from loopgolf.cache import Cache
+from loopgolf.coder import decode_matrices
 from loopgolf.moe import MoE, MoEShape, balance_losses, choose, dense_ref, dispatch
 from loopgolf.params import collect_specs, start_weights
 from loopgolf.quantize import RowGrid, round_with_feedback
@@ -266,8 +268,13 @@ def test_a_mixture_learns_and_is_scored_from_its_file(mode, dataset, tmp_path, m
         "loopgolf.quantize.round_with_feedback",
         lambda w, h, g: seen.append(h.any().item()) or round_with_feedback(w, h, g),
     )
-    limit = dict(byte_limit=38_000, calibration_tokens=256) if mode == "plain" else {}
-    settings = MIXED | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_documents=2, score_mode=mode)
+    decode = functools.cache(decode_matrices)  # few codes take long to decode: once is enough
+    monkeypatch.setattr("loopgolf.artifact.decode_matrices", lambda data, shapes: decode(data, tuple(shapes)))
+    limit = dict(byte_limit=15_000, calibration_tokens=256) if mode == "plain" else {}
+    small = dict(model_dim=16, moe_hidden=8, moe_experts=3)
+    settings = (
+        MIXED | small | limit | dict(run_id="m", iterations=10, batch_tokens=256, score_documents=2, score_mode=mode)
+    )
     assert main(tiny_options(dataset, **settings, bigram_buckets=0, checkpoint_passes=1), {}) == 0
     text = capsys.readouterr().out
     losses = [float(line["train_loss"]) for line in events(text, "train")]

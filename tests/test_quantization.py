@@ -6,7 +6,7 @@ float32 on a CPU: pytest tests/test_quantization.py
 
 import pytest
 import torch
-from helpers import pack_weights, plan_formats, tiny_config, tiny_context, tiny_model, tiny_settings
+from helpers import SMALL, pack_weights, plan_formats, tiny_config, tiny_context, tiny_model, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,7 +153,7 @@ def test_a_hopeless_limit_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("k_scale", [0.4, 0.8, 1.5])
 def test_the_forecast_is_the_size_of_an_artifact_of_gaussian_weights(k_scale):
-    shape = dict(model_dim=256, num_heads=4, bigram_buckets=1024, bigram_dim=64, ve_dim=64)
+    shape = dict(model_dim=128, num_heads=4, bigram_buckets=512, bigram_dim=64, ve_dim=64)
     config = tiny_config(**shape, k_scale=k_scale)
     model = tiny_model(config)
     found = plan_formats(config, model)
@@ -190,7 +190,7 @@ def test_feedback_with_unrelated_inputs_is_plain_rounding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, dict(plan="a(^b~)*2c", core_bits=5, edge_bits=5, table_bits=7)])
 def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, changes):
-    config = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, **changes)
+    config = tiny_config(core_k=8.0, edge_k=8.0, k_scale=1.0, **SMALL | changes)
     model = LoopedGPT(config, dtype)
     start_weights(model, 3)
     state = train_gpt.build_state(config, tiny_context(), model, k_scale=1.0)

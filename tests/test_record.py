@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import train
+import torch
+from helpers import ROOT, tiny_context, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from data.shards import write_shard
+from data.tokenizer import encode_document, load_tokenizer
+from loopgolf.scoring import BpbMeter, ByteCounter, score_tokens
 from tools import record
-from tools.submission import folder_rules, stats
+from tools.submission import folder_rules, rescore, stats
 from tools.submission.entry import read_entry
 from tools.submission.rescore import compare_score
 from tools.submission.rules import RULES, judge
@@ -38,6 +41,7 @@ META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Fo
 DESCRIPTION = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb="Four steps.", date="2026-05-01")
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
 NAME = "2026-05-01_Tiny"
+TEXT = ROOT / "tests/data/text.txt"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -532,6 +536,9 @@ def test_artifacts_are_scored_again(short_record, dataset, capfd, monkeypatch):
     code, row, err = score_again(short_record, dataset, capfd)
     assert code == 0 and re.fullmatch(rf"score_again +ok +seed 42: \S+ \(log {bpb:.8f}\)", row)
     assert re.match(r"# scoring artifact_seed42.lg \(1 of 1\)\n# expected to take \S+ s\n", err)
+    # the score of this file is known by now
+    again = dict(val_bpb=re.search(r"seed 42: (\S+)", row)[1], skipped="0")
+    monkeypatch.setattr(rescore, "score_artifact", lambda *_: again)
     in_result(short_record, val_bpb="1.00000000")
     code, row, _ = score_again(short_record, dataset, capfd)
     assert code == 4 and re.fullmatch(
@@ -580,6 +587,45 @@ def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
         assert record.main(["check", str(folder), "--static", *options]) == code
         told = capsys.readouterr()
         assert message in told.err + told.out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The records of this repository
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Bits per byte of tests/data/text.txt in mode plain, float32, for each seed.
+TEXT_BPB = {
+    "track_pocket/2026-11-21_PocketLoop": {"42": 2.07729, "1337": 2.09345, "2024": 2.01290},
+}
+
+
+@pytest.fixture(params=sorted((ROOT / "records").glob("track_*/*/")), ids=lambda path: path.name)
+def committed(request) -> Path:
+    return request.param
+
+
+@pytest.mark.slow
+def test_committed_records_are_sound(committed):
+    """By all rules, those that start the script of the record included."""
+    assert {v.rule: v.detail for v in judge(read_entry(committed)) if v.verdict != OK} == {}
+
+
+@pytest.mark.slow
+def test_committed_artifacts_score_as_ever(committed):
+    if not list(committed.glob("*.lg")):
+        pytest.skip("its track ships no artifacts")
+    tokenizer = load_tokenizer(committed / "tokenizer.model")
+    tokens = torch.tensor(encode_document(tokenizer, TEXT.read_text(encoding="utf-8")))
+    found = {}
+    for seed in read_json(committed)["seed_results"]:
+        artifact, ctx = train_gpt.load_artifact(committed / f"artifact_seed{seed}.lg"), tiny_context()
+        config = train_gpt.config_from_stored(artifact.stored)
+        model, meter = train_gpt.load_eval_model(artifact, config, ctx), BpbMeter(ByteCounter(tokenizer))
+        score_tokens(train_gpt.build_scorer("plain", model, config, ctx), tokens, meter)
+        score = meter.total(ctx)
+        assert (score.tokens, score.bytes) == (len(tokens) - 1, TEXT.stat().st_size)
+        found[seed] = score.bpb
+    assert found == pytest.approx(TEXT_BPB[f"{committed.parent.name}/{committed.name}"], abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

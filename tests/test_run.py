@@ -4,6 +4,7 @@ and stopped, and what bad input gets. Tiny models, CPU: pytest tests/test_run.py
 Runs that are killed, or whose process matters, are processes; the others call main() with an environment of their own.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import sentencepiece
 import torch
 from helpers import (
     ROOT,
+    SMALL,
     clean_environment,
     events,
     options,
@@ -37,7 +39,9 @@ from train_gpt import check_split, load_artifact, main
 
 pytestmark = pytest.mark.slow  # processes, ranks, whole runs
 
-RUN = dict(seed=7, run_id="r", iterations=24, score_mode="sliding", also="trained,averaged,plain", byte_limit=400_000)
+RUN = SMALL | dict(
+    seed=7, run_id="r", iterations=24, score_mode="sliding", also="trained,averaged,plain", byte_limit=400_000
+)
 
 
 def call(argv: list[str], cwd: Path, monkeypatch, **environ) -> int:
@@ -131,8 +135,8 @@ def test_the_seed_decides_the_artifact(finished, dataset, tmp_path, monkeypatch)
         assert (load_artifact(tmp_path / "runs" / name / "artifact.lg").sha256 == ours) is is_same
 
 
-STRUCK = """
-import os, sys
+KILLED = """
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import train_gpt
 owner, name, left = {owner}, {name!r}, {calls}
@@ -141,49 +145,75 @@ def strike(*given, **named):
     global left
     left -= 1
     if left == 0:
-        os.kill(os.getpid(), {number})
+        os.kill(os.getpid(), signal.SIGKILL)
     return real(*given, **named)
 setattr(owner, name, strike)
 sys.exit(train_gpt.main(sys.argv[1:], dict(os.environ)))
 """
 
 
-def run_struck(dataset: Path, cwd: Path, number: int, owner: str, name: str, calls: int) -> subprocess.CompletedProcess:
-    """A run in a process of its own that gets the signal `number` at the given call of a function."""
-    script = STRUCK.format(root=str(ROOT), owner=owner, name=name, calls=calls, number=int(number))
-    command = [sys.executable, "-c", script, *tiny_options(dataset, **RUN, checkpoint_every_s=1e-6)]
+def run_killed(argv: list[str], cwd: Path, owner: str, name: str, calls: int) -> subprocess.CompletedProcess:
+    """A run in a process of its own that is killed at the given call of a function."""
+    command = [sys.executable, "-c", KILLED.format(root=str(ROOT), owner=owner, name=name, calls=calls), *argv]
     return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=120)
 
 
 MOMENTS = {
-    "in a step": ("train_gpt", "load_batch", 10, 9),
-    "before a checkpoint gets its name": ("os", "replace", 9, 6),  # two replaces are of other files
+    "in a step": ("train_gpt", "load_batch", 6, 5),
+    "before a checkpoint gets its name": ("os", "replace", 9, 11),  # two replaces are of other files
     "after training": ("train_gpt", "score_artifact", 1, 24),
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_resumes_to_the_same_artifact(moment, finished, dataset, tmp_path, monkeypatch):
-    *place, step = MOMENTS[moment]
-    done = run_struck(dataset, tmp_path, signal.SIGKILL, *place)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] == step
-    assert not (tmp_path / "runs/r/result.json").exists()
-    assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
+def test_a_killed_run_resumes_to_the_same_artifact(finished, dataset, tmp_path, monkeypatch):
+    """Killed in a step, killed again when it was resumed, and once more."""
+    given = tiny_options(dataset, **RUN, checkpoint_every_s=1e-6)
+    for moment, (*place, step) in MOMENTS.items():
+        done = run_killed(given, tmp_path, *place)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+        assert read_step(tmp_path / "runs/r") == step, moment
+        assert not (tmp_path / "runs/r/result.json").exists()
+        given = ["--resume", "runs/r"]
+    assert call(given, tmp_path, monkeypatch) == 0
     ours, theirs = load_artifact(tmp_path / "runs/r/artifact.lg"), load_artifact(finished[0] / "artifact.lg")
     assert ours.sha256 == theirs.sha256
     result = json.loads((tmp_path / "runs/r/result.json").read_text())["result"]
     assert (result["steps"], result["artifact_sha256"]) == (24, ours.sha256)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_saves_and_exits(number, finished, dataset, tmp_path, monkeypatch):
-    done = run_struck(dataset, tmp_path, number, "train_gpt", "load_batch", 6)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--resume runs/r" in done.stderr
-    assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] == 6
-    assert not (tmp_path / "runs/r/artifact.lg").exists()
-    assert call(["--resume", "runs/r"], tmp_path, monkeypatch) == 0
+def read_step(folder: Path) -> int:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["step"]
+
+
+def test_an_interrupted_run_saves_and_exits(finished, dataset, tmp_path, monkeypatch, capsys):
+    """By SIGTERM, and by Ctrl-C after it was resumed."""
+    given = tiny_options(dataset, **RUN)
+    for step, number in ((6, signal.SIGTERM), (12, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            missed = raise_in_sixth_step(number, patch)
+            assert call(given, tmp_path, monkeypatch) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--resume runs/r" in line and not missed
+        assert read_step(tmp_path / "runs/r") == step and not (tmp_path / "runs/r/artifact.lg").exists()
+        given = ["--resume", "runs/r"]
+    assert call(given, tmp_path, monkeypatch) == 0
     assert load_artifact(tmp_path / "runs/r/artifact.lg").sha256 == load_artifact(finished[0] / "artifact.lg").sha256
+
+
+def raise_in_sixth_step(number: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that gets the signal if the run does not take it."""
+    calls, missed, load_batch = itertools.count(1), [], train_gpt.load_batch
+
+    def load(*given):
+        if next(calls) == 6:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                missed.append(number)
+            else:
+                signal.raise_signal(number)
+        return load_batch(*given)
+
+    patch.setattr(train_gpt, "load_batch", load)
+    return missed
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_good_weights(dataset, tmp_path, monkeypatch, capsys):
@@ -305,9 +335,9 @@ def test_a_hopeless_byte_limit_exits_3(flags, dataset, tmp_path, monkeypatch, ca
 
 def test_a_file_over_the_limit_is_refused_and_the_checkpoint_kept(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "forecast_bytes", lambda *_: 10)
-    assert call(tiny_options(dataset, run_id="r", byte_limit=9000), tmp_path, monkeypatch) == 3
+    assert call(tiny_options(dataset, run_id="r", byte_limit=4000, **SMALL), tmp_path, monkeypatch) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "byte_limit=9,000" in line and (tmp_path / "runs/r/checkpoint.pt").exists()
+    assert "byte_limit=4,000" in line and (tmp_path / "runs/r/checkpoint.pt").exists()
     assert not (tmp_path / "runs/r/artifact.lg").exists() and not (tmp_path / "runs/r/result.json").exists()
 
 
@@ -353,7 +383,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(name, dataset, tmp_path
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    assert call(tiny_options(dataset, run_id="r", checkpoint_every_s=1e-4), tmp_path, monkeypatch) == 1
+    assert call(tiny_options(dataset, run_id="r", checkpoint_every_s=1e-4, **SMALL), tmp_path, monkeypatch) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
     assert torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)["position"]["step"] >= 1
@@ -412,18 +442,15 @@ def test_help_explains_itself(tmp_path, monkeypatch, capsys):
     assert "--plan" in out and "--byte_limit" in out and "pocket" in out
 
 
-@pytest.mark.parametrize("share", [0.8, 0.6])
-def test_the_artifact_ends_just_below_a_limit_that_binds(share, dataset, tmp_path, monkeypatch):
-    """Through a run, and again from its checkpoint through tools.artifact."""
-    shape = dict(model_dim=128, num_heads=4, bigram_buckets=1024, bigram_dim=32, calibration_tokens=1024, iterations=2)
-    limit = int(share * 190_000)
-    assert call(tiny_options(dataset, run_id="r", byte_limit=limit, **shape), tmp_path, monkeypatch) == 0
-    room = limit - 1000
-    assert 0.995 * room <= (tmp_path / "runs/r/artifact.lg").stat().st_size <= room
-    assert tools.artifact.main(["fit", "runs/r", "--byte_limit", str(limit - 9000), "--out", "small.lg"]) == 0
-    assert 0.995 * (room - 9000) <= (tmp_path / "small.lg").stat().st_size <= room - 9000
+def test_the_artifact_ends_just_below_a_limit_that_binds(dataset, tmp_path, monkeypatch):
+    """Through a run, and again, much smaller, from its checkpoint through tools.artifact."""
+    shape = dict(model_dim=32, bigram_buckets=512, bigram_dim=32, calibration_tokens=1024, iterations=2)
+    assert call(tiny_options(dataset, run_id="r", byte_limit=34_000, **shape), tmp_path, monkeypatch) == 0
+    assert 0.995 * 33_000 <= (tmp_path / "runs/r/artifact.lg").stat().st_size <= 33_000
+    assert tools.artifact.main(["fit", "runs/r", "--byte_limit=25000", "--out", "small.lg"]) == 0
+    assert 0.995 * 24_000 <= (tmp_path / "small.lg").stat().st_size <= 24_000
     assert tools.artifact.main(["verify", "small.lg"]) == 0
-    assert tools.artifact.main(["fit", "runs/r", "--byte_limit", "9000", "--out", "none.lg"]) == 3
+    assert tools.artifact.main(["fit", "runs/r", "--byte_limit=5000", "--out", "none.lg"]) == 3
     assert not (tmp_path / "none.lg").exists()
 
 

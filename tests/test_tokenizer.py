@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
+from helpers import SameProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,15 +141,9 @@ def test_sampling_is_bounded_and_even() -> None:
 # --- encode
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "data.tokenizer", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "started_pool", lambda *_: SameProcess())
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
@@ -182,8 +177,9 @@ def test_encode_keeps_every_document_in_order(model: Path, tmp_path: Path, monke
         write_lines(tmp_path / "c.jsonl.zst", PROSE[150:]),
     ]
     texts = ["One file, one document.\n\n\u2581", *PROSE]
-    first = encode(files, model, tmp_path / "one", workers=1, val_fraction=0.2, shard_tokens=999)
     second = encode(files, model, tmp_path / "two", workers=2, val_fraction=0.2, shard_tokens=999)
+    monkeypatch.setattr(program, "started_pool", lambda *_: SameProcess())
+    first = encode(files, model, tmp_path / "one", workers=1, val_fraction=0.2, shard_tokens=999)
     assert first == second and first["tokenizer.model"] == model.read_bytes()
 
     is_val = {text: program.is_validation(text, 0.2) for text in texts}
@@ -202,7 +198,7 @@ def test_encode_keeps_every_document_in_order(model: Path, tmp_path: Path, monke
         }
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_workers")
 def test_one_split_alone(model: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", PROSE[:3])
     encode([tmp_path / "a.jsonl"], model, tmp_path / "out", val_fraction=1, name="mine")
@@ -232,6 +228,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.usefixtures("no_workers")
 def test_bad_input_is_one_line_and_leaves_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, (content, fault) in BAD_FILES.items():
         if content is not None:
@@ -284,15 +281,27 @@ def test_a_folder_that_is_there_is_kept(model: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_lines(tmp_path / "a.jsonl", PROSE)
     model, out, text = tmp_path / "t.model", tmp_path / "out", tmp_path / "a.jsonl"
-    trained = run("train", "--out", model, "--vocab-size", 300, text)
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.startswith("tokenizer vocab_size:300 sha256:")
-    encoded = run("encode", "--tokenizer", model, "--out", out, text)
+    assert program.main(["train", "--out", str(model), "--vocab-size", "300", str(text)]) == 0
+    assert capsys.readouterr().out.startswith("tokenizer vocab_size:300 sha256:")
+    command = [
+        sys.executable,
+        "-m",
+        "data.tokenizer",
+        "encode",
+        "--tokenizer",
+        model,
+        "--out",
+        out,
+        "--workers=1",
+        text,
+    ]
+    encoded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert encoded.returncode == 0 and encoded.stderr == "", encoded.stderr  # no progress bar off a terminal
     events = [dict(pair.split(":", 1) for pair in line.split()[1:]) for line in encoded.stdout.splitlines()]
     assert sum(int(event["documents"]) for event in events) == len(PROSE)
-    wrong = run("encode", "--tokeniser", "x", "--out", tmp_path / "new", tmp_path / "a.jsonl")
-    assert wrong.returncode == 2 and "--tokenizer" in wrong.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["encode", "--tokeniser", "x", "--out", str(tmp_path / "new"), str(text)])
+    assert stopped.value.code == 2 and "--tokenizer" in capsys.readouterr().err.splitlines()[-1]
