@@ -164,7 +164,7 @@ class Size:
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
-    code_reserve: int = option(32_000, "bytes that a run sets aside for the code")
+    code_reserve: int = option(32_000, "bytes that a run sets aside for the code (0 = code does not count)")
 
 
 @dataclass(frozen=True)
@@ -1836,6 +1836,8 @@ def choose_compile_mode(config: Config, device: torch.device, log: Log) -> str:
         mode = "full" if device.type == "cuda" and not parse_plan(config.plan).is_variable else "block"
     if mode == "none" or config.dry_run:
         return mode
+    if config.score and device.type == "cpu":
+        return "none"  # as build_eval_model would
     fault = find_compiler_fault(device)
     if not fault:
         return mode
@@ -2024,14 +2026,21 @@ def find_help_section(argv: list[str]) -> str:
     return after[0] if after and not after[0].startswith("-") else ""
 
 
+def count_code(config: Config, packed_bytes: int) -> int:
+    """Bytes that count as code: of the packed script; from source the reserve, which it has to fit."""
+    if config.code_reserve == 0:
+        return 0
+    return packed_bytes or config.code_reserve
+
+
 def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
-    """`code_bytes` is the size of the packed script; from source the reserve counts instead."""
+    """`code_bytes` is the size of the packed script, 0 where the source runs."""
     try:
         if wants_help(argv):
             print(help_text(find_help_section(argv)))
             return 0
         config, source = parse_config(argv, environ)
-        ctx = build_context(config, environ, code_bytes or config.code_reserve)
+        ctx = build_context(config, environ, count_code(config, code_bytes))
         if config.dry_run:
             dry_run(config, ctx)
         elif config.score:
