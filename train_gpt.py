@@ -313,6 +313,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         seq_len=512, batch_tokens=4096, max_wallclock_seconds=120.0,
         momentum=0.95, warmdown=0.6, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="lora", score_documents=184, score_batch=16, eval_budget=120.0,
+        text_sha256="40a1950b90fe8120fddb08831776461ec933e9e88f6265c1c1e1fca8a5058f49",
         ttt_chunk=8192, ttt_batch=4, lora_chunk=128,
         data_path="data/local", checkpoint_every_s=30.0,
     ),
