@@ -315,7 +315,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     config, _ = train_gpt.parse_config([f"--recipe={args.recipe}", *options], {})
     reserve = config.code_reserve if args.code_reserve is None else args.code_reserve
     content = pack(read_counted(config), config.recipe)
-    if len(content) > reserve:
+    if reserve and len(content) > reserve:
         what = f"the code of recipe {config.recipe} is packed in {len(content):,} bytes"
         raise DoesNotFit(f"code_reserve={reserve:,}: {what}; raise --code_reserve, here and for the run")
     write_atomic(args.out, content)
