@@ -307,12 +307,12 @@ class Config(Run, Size, Training, Stored):
 RECIPES: dict[str, dict[str, Any]] = {
     "4b7l": {},
     "pocket": dict(
-        # the challenge at 1/100: the weights in 160,000 bytes, two minutes of two processor cores; rates were measured there
+        # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
         bigram_buckets=0, ve_dim=16, doc_attention=True, vocab_size=2048, byte_limit=160_000, code_reserve=0,
-        embed_k=40.0, table_k=40.0,
+        embed_k=60.0, table_k=60.0,
         seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
-        matrix_lr=0.025, table_lr=0.03, vector_lr=0.1, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        matrix_lr=0.02, table_lr=0.025, vector_lr=0.08, weight_decay=0.1, momentum=0.9, beta2=0.98,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
         text_sha256="40a1950b90fe8120fddb08831776461ec933e9e88f6265c1c1e1fca8a5058f49",
