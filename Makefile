@@ -6,8 +6,8 @@ RUN_ID ?= pocket-$(shell date +%Y%m%d-%H%M%S)
 # one process for every core, one thread in each: more would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
-# threads that wait must not spin: with anything else on the machine a step would take ten times as long
-export OMP_WAIT_POLICY := passive
+# threads wait awake for a moment only: longer, a step would take ten times as long with anything else on the machine
+export GOMP_SPINCOUNT := 4000
 
 .PHONY: run check test lint gpu profile lock clean
 

@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: threads that wait must not spin, other programs need the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # before torch is loaded: threads wait awake for a moment only, then other programs get the cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import numpy as np
 import sentencepiece

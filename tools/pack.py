@@ -55,7 +55,8 @@ parts = bz2.decompress(__loader__.get_data("code")).decode().split("\\0")
 exec(parts[0])
 """
 START = """import os, sys, tempfile
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 code_bytes = os.path.getsize(sys.path[0])
 with tempfile.TemporaryDirectory(prefix="loopgolf-", ignore_cleanup_errors=True) as folder:
     for name, text in zip(parts[1::2], parts[2::2]):
