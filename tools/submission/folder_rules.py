@@ -55,13 +55,8 @@ KINDS: dict[str, type | UnionType] = {
 NEEDED = ("author", "github_id", "name", "date", "val_bpb")
 WHOLE_NUMBERS = ("artifact_bytes", "steps")
 # Scripts in records/ that an earlier packer of this repository made, which today's packer would make differently. They
-# were compared with their readable source then: sha256 of train_gpt.py, sha256 of train_gpt_human.py.
-EARLIER_SCRIPTS = {
-    # records/track_pocket/2026-11-21_PocketLoop
-    "bea8f35359444ac9aeeab65eed0ce063764df44f9d498a59a5eecd3a8b01867d": (
-        "71f10ea52f0f8cfecafc4fcda80a7f243094d40e2372fcfa7efdc9138bdc12ec"
-    ),
-}
+# were compared with their readable source then: sha256 of train_gpt.py to sha256 of train_gpt_human.py.
+EARLIER_SCRIPTS: dict[str, str] = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
