@@ -190,6 +190,10 @@ RULES = {
         "def main(self):\n\ta: int = 1\n\tself.b: int = a\n\tself.c: int",
         "def main(self):A=1;self.b=A;pass",
     ),
+    "asserts": (
+        "def main(x): assert isinstance(x, int); assert x is not None; assert x > 0; return x",
+        "def main(x):assert x>0;return x",
+    ),
     "imports for annotations": ("from a import T\ndef main(x: T) -> T: pass", "def main(x):pass"),
     "fields": (f"{FIELD} b: str; c: float = 1.5\ndef main(): A", f"{FIELD}b:int;c:int=1.5\ndef main():A"),
     "fields that tell": (

@@ -14,8 +14,9 @@ Rules. What is packed is the source, but for these; nothing else in it has to be
 
 1. Modules: train_gpt.py, what it imports outside of functions, the packages around, and of the lazy imports those that
    train_gpt.used_modules() names for the recipe. The others stay in the code and end in an error when they are used.
-2. Comments, docstrings and annotations go. A field of a class is annotated `int` whatever it was, unless as ClassVar,
-   InitVar or KW_ONLY; annotations stay in functions with a tl.constexpr, under triton.jit, or under custom_op.
+2. Comments, docstrings and annotations go, and asserts that only tell a type checker something (isinstance, not None).
+   A field of a class is annotated `int` whatever it was, unless as ClassVar, InitVar or KW_ONLY; annotations stay in
+   functions with a tl.constexpr, under triton.jit, or under custom_op.
 3. The help of option(default, "help", ...) becomes empty.
 4. A definition (function, class, assignment) at the top of a module goes when main() does not reach it by its name. A
    name is reached in all modules at once, and as an attribute or a word of a string ("loopgolf.adapting") as well; so
@@ -170,11 +171,20 @@ class Strip(ast.NodeTransformer):
             node.annotation = ast.Name("int")
         return node
 
+    def visit_Assert(self, node: ast.Assert) -> ast.Assert | None:
+        return None if tells_types_only(node.test) else node
+
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id == "option" and len(node.args) > 1:
             node.args[1] = ast.Constant("")
         return node
+
+
+def tells_types_only(test: ast.expr) -> bool:
+    if isinstance(test, ast.Call):
+        return isinstance(test.func, ast.Name) and test.func.id == "isinstance"
+    return isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)
 
 
 def keep_entry(table: ast.Dict, key: str) -> None:
