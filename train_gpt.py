@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: threads that wait must not spin, other programs need the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # before torch is loaded: threads wait awake for a moment only, then other programs get the cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import numpy as np
 import sentencepiece
@@ -307,13 +308,15 @@ class Config(Run, Size, Training, Stored):
 RECIPES: dict[str, dict[str, Any]] = {
     "4b7l": {},
     "pocket": dict(
-        # the model of 4b7l for two minutes on two processor cores
-        model_dim=256, num_heads=1, num_kv_heads=1, head_dim=128, rope_dims=64, mlp_mult=2.5,
-        bigram_buckets=2048, bigram_dim=64, ve_dim=64, doc_attention=True,
-        seq_len=512, batch_tokens=4096, max_wallclock_seconds=120.0,
-        momentum=0.95, warmdown=0.6, final_lr=0.02, average="none", calibration_tokens=32768,
-        score_mode="lora", score_documents=184, score_batch=16, eval_budget=120.0,
-        ttt_chunk=8192, ttt_batch=4, lora_chunk=128,
+        # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
+        plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
+        bigram_buckets=0, ve_dim=16, doc_attention=True, vocab_size=2048, byte_limit=160_000, code_reserve=0,
+        embed_k=60.0, table_k=60.0,
+        seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        matrix_lr=0.02, table_lr=0.025, vector_lr=0.08, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
+        score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
+        text_sha256="40a1950b90fe8120fddb08831776461ec933e9e88f6265c1c1e1fca8a5058f49",
         data_path="data/local", checkpoint_every_s=30.0,
     ),
     "frontier": dict(

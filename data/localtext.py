@@ -1,6 +1,6 @@
 """The offline corpus: English technical prose that is already on the machine, as a dataset folder.
 
-    python -m data.localtext [--out data/local] [--vocab_size 1024] [--force]
+    python -m data.localtext [--out data/local] [--vocab_size 2048] [--force]
 
 It takes documentation strings of more than 200 characters (of modules, classes and functions, and those that
 compiled functions are given by a call) and the help topics, of this Python's standard library and of every
@@ -326,7 +326,7 @@ def make_local(out: str, vocab_size: int, force: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m data.localtext", description="Build the offline corpus from what is installed.")
     parser.add_argument("--out", default="data/local", help="the dataset folder (data/local)")
-    parser.add_argument("--vocab_size", type=positive, default=1024, help="pieces of the tokenizer (1024)")
+    parser.add_argument("--vocab_size", type=positive, default=2048, help="pieces of the tokenizer (2048)")
     parser.add_argument("--force", action="store_true", help="build it again even when it is there and valid")
     args = vars(parser.parse_args(argv))
     with tidy_when_terminated():

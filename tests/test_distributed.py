@@ -144,7 +144,7 @@ def test_no_thread_of_the_process_group_outlives_it(name, two):
 
 
 def test_two_machines_meet_at_one_rendezvous(one, dataset, tmp_path):
-    """What the Slurm script of the README starts, with both nodes on this machine: one run, one log, the same losses."""
+    """What the Slurm script of docs/submit.md starts, with both nodes on this machine: one run, one log, the same losses."""
     (port,) = free_ports(1)
     launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
               "--rdzv_id=loopgolf", f"--rdzv_endpoint=localhost:{port}"]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Commands in the documentation: programs and targets that exist, options that their own parsers take. None is run."""
+"""The documentation: its commands name programs and targets that exist, with options that their own parsers take (none is
+run); its links lead somewhere; programs and results are explained."""
 
 import argparse
 import importlib
@@ -19,6 +20,7 @@ from loopgolf.options import parse_command_line
 
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "data/README.md", "kernels/README.md", "records/*/README.md")
 OTHERS = {"pip", "git", "curl", "cd", "ls", "source", "export", "head", "["}  # programs that need only be known
+SCRIPTS = {"train_gpt.py", "packed.py"}  # packed.py: what tools.pack makes of the other
 OTHER_MODULES = {"venv", "pip", "pytest", "ruff", "mypy"}
 BEFORE = {"srun", "if", "then", "else", "fi", "do", "done"}  # words before a command
 TARGETS = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -95,7 +97,7 @@ def check_python(given: list[str]) -> str:
     if given[0] == "-c":
         compile(given[1], "-c", "exec")
     elif given[0] != "-m":
-        if given[0] != "train_gpt.py":
+        if given[0] not in SCRIPTS:
             return f"no program {given[0]}"
         check_settings(given[1:])
     elif given[1].split(".")[0] not in OTHER_MODULES:
@@ -143,6 +145,7 @@ def judge(monkeypatch, capsys):
     return judge
 
 
+AT_LEAST = {"README.md": 10, "docs/tools.md": 25, "docs/submit.md": 12}  # commands
 DOCS = sorted(str(path.relative_to(ROOT)) for place in PLACES for path in ROOT.glob(place))
 
 
@@ -151,7 +154,49 @@ def test_commands_are_taken_by_their_programs(name, judge):
     found = list(find_commands((ROOT / name).read_text(encoding="utf-8")))
     faults = [f"{name}:{line}: {shlex.join(words)}: {fault}" for line, words in found if (fault := judge(words))]
     assert not faults, "\n".join(faults)
-    assert len(found) > 30 or name != "README.md", "most commands were not found"
+    assert len(found) >= AT_LEAST.get(name, 0), "most commands were not found"
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def find_broken_links(path: Path) -> list[str]:
+    """Links to files that do not exist here, or to headings that they do not have."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        to = path.parent / name if name else path
+        headings = re.findall(r"^#+ (.*)$", to.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        if not to.exists() or (anchor and anchor not in map(anchor_of, headings)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_somewhere(name):
+    assert find_broken_links(ROOT / name) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("## The `*r` group\n[a](page.md) [b](other.md) [c](#the-r-group) [d](#group) [e](https://x.org)")
+    assert find_broken_links(page) == ["other.md", "#group"]
+
+
+def test_every_program_has_a_section():
+    programs = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
+    sections = re.findall(r"^### (\w+)$", (ROOT / "docs/tools.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert programs == set(sections)
+
+
+def test_keys_of_results_and_recipes_are_explained():
+    text = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
+    wanted = [*train_gpt.result_order(), *train_gpt.RECIPES, *train_gpt.SCORERS]
+    assert [name for name in wanted if f"`{name}`" not in text] == []
 
 
 WRONG = """

@@ -38,8 +38,8 @@ def scripts(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def packed(scripts) -> Path:
-    """The script of a recipe without experts."""
-    return scripts["pocket"]
+    """The script of a recipe without experts that adapts."""
+    return scripts["4b7l"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def result_of(folder: Path) -> dict:
     return json.loads((folder / "runs/r/result.json").read_text())["result"]
 
 
-RUN = QUICK | dict(run_id="r", iterations=3, calibration_tokens=256, score_mode="lora")
+RUN = QUICK | dict(recipe="4b7l", run_id="r", iterations=3, calibration_tokens=256, score_mode="lora")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, source_run, dataset,
     assert mine["total_bytes"] == mine["artifact_bytes"] + mine["code_bytes"]
     assert not list((tmp_path / "tmp").glob("loopgolf-*"))
     # logs prove what ran: the source, and the modules inside
-    sources = script.counted_sources(config_of("pocket"))
+    sources = script.counted_sources(config_of("4b7l"))
     assert f"code_sha256:{script.hash_sources(sources)}" in (source_run / "runs/r/log.txt").read_text()
     modules = script.unpack_modules(packed.read_bytes())
     assert f"code_sha256:{script.hash_sources(modules)}" in (tmp_path / "runs/r/log.txt").read_text()
@@ -110,7 +110,7 @@ def test_it_makes_the_artifact_of_the_source(ranks, packed, source_run, dataset,
 @pytest.mark.slow
 def test_the_same_code_gives_the_same_bytes(packed, tmp_path):
     """From the repository as from a readable source, whatever order the sets of a process have."""
-    command = [sys.executable, "-m", "tools.pack", "--recipe=pocket", f"--code-reserve={RESERVE}"]
+    command = [sys.executable, "-m", "tools.pack", "--recipe=4b7l", f"--code-reserve={RESERVE}"]
     environment = clean_environment(PYTHONHASHSEED=7)
     subprocess.run([*command, f"--out={tmp_path / 'again.py'}"], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
@@ -131,11 +131,11 @@ def test_it_holds_what_the_recipe_uses(scripts, packed, tmp_path):
 def test_what_is_not_packed_is_one_line(scripts, packed, tmp_path, capsys):
     arguments = ["--recipe", "osrt_v4", "--dry_run", "--device", "cpu"]
     mixed = start(scripts["osrt_v4"], arguments, tmp_path)
-    without = start(packed, ["--recipe=pocket", "--moe_experts=11", "--moe_hidden=64", "--dry_run"], tmp_path)
+    without = start(packed, ["--recipe=4b7l", "--moe_experts=11", "--moe_hidden=64", "--dry_run"], tmp_path)
     other = start(packed, arguments, tmp_path)
     assert train_gpt.main(arguments, {}) == 0
     assert end(mixed) == tuple(capsys.readouterr())
-    assert end(other, code=2) == ("", "error: recipe=osrt_v4: choose from pocket\n")
+    assert end(other, code=2) == ("", "error: recipe=osrt_v4: choose from 4b7l\n")
     out, err = end(without, code=2)
     assert (out, err) == (
         "",
@@ -148,7 +148,7 @@ def test_a_damaged_script_does_not_start(packed, tmp_path):
     with zipfile.ZipFile(packed) as archive:
         content[archive.getinfo("code").header_offset + 400] ^= 1
     (tmp_path / "bad.py").write_bytes(content)
-    end(start(tmp_path / "bad.py", ["--recipe", "pocket", "--dry_run"], tmp_path), code=1)
+    end(start(tmp_path / "bad.py", ["--recipe", "4b7l", "--dry_run"], tmp_path), code=1)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,10 @@ RULES = {
     "annotations inside": (
         "def main(self):\n\ta: int = 1\n\tself.b: int = a\n\tself.c: int",
         "def main(self):A=1;self.b=A;pass",
+    ),
+    "asserts": (
+        "def main(x): assert isinstance(x, int); assert x is not None; assert x > 0; return x",
+        "def main(x):assert x>0;return x",
     ),
     "imports for annotations": ("from a import T\ndef main(x: T) -> T: pass", "def main(x):pass"),
     "fields": (f"{FIELD} b: str; c: float = 1.5\ndef main(): A", f"{FIELD}b:int;c:int=1.5\ndef main():A"),

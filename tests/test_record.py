@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tiny_context, train
+from helpers import ROOT, tiny_config, tiny_context, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from data.shards import write_shard
+from data.shards import TokenStream, write_shard
 from data.tokenizer import encode_document, load_tokenizer
 from loopgolf.scoring import BpbMeter, ByteCounter, score_tokens
 from tools import record
@@ -31,7 +31,7 @@ from tools.submission.rescore import compare_score
 from tools.submission.rules import RULES, judge
 from tools.submission.script import counted_sources, join_sources
 from tools.submission.summary import config_of
-from tools.submission.tracks import TRACKS
+from tools.submission.tracks import TRACKS, Track
 from tools.submission.trainlog import read_train_log
 from tools.submission.verdicts import BAD, OK, UNKNOWN
 
@@ -42,6 +42,25 @@ DESCRIPTION = dict(author="A. Name", github_id="aname", name="Tiny loop", blurb=
 GPUS = "hardware device:cuda name:NVIDIA%20H100%2080GB%20HBM3 world:8 threads:1 dtype:float32"
 NAME = "2026-05-01_Tiny"
 TEXT = ROOT / "tests/data/text.txt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_track(dataset) -> Iterator[None]:
+    """A track for small runs, which fixes the text that they are scored on."""
+    config = tiny_config(data_path=str(dataset), score_documents=5)
+    tokenizer = train_gpt.load_run_tokenizer(config)
+    stream = TokenStream(config.data_path, "val", config.vocab_size)
+    scored = train_gpt.split_documents(stream.read(0, stream.total), config.bos_id)[:5]
+    row = Track(
+        device="cpu",
+        processes=1,
+        has_fixed_tokens=True,
+        text_sha256=train_gpt.hash_text(scored, tokenizer),
+        ships_artifacts=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TRACKS, "track_tiny", row)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +87,7 @@ def folders(dataset, runs, tmp_path_factory) -> dict[str, Path]:
         edit(run / "log.txt", r"^hardware .*$", GPUS)
         edit(run / "log.txt", r"^(data split:val .*tokens:)\d+", r"\g<1>383")
     return {
-        "track_pocket": write_record(root / "track_pocket" / NAME, runs),
+        "track_tiny": write_record(root / "track_tiny" / NAME, runs),
         "track_10min_16mb": write_record(root / "track_10min_16mb" / NAME, claimed),
     }
 
@@ -112,7 +131,7 @@ def violated(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_what_is_built_is_sound(runs, tmp_path, capsys):
-    out = tmp_path / "track_pocket" / NAME
+    out = tmp_path / "track_tiny" / NAME
     out.parent.mkdir()
     assert record.main(["build", str(out), *META, *map(str, runs)]) == 0
     assert f"ok:{len(RULES)} cannot_tell:0 violated:0" in capsys.readouterr().out
@@ -120,7 +139,7 @@ def test_what_is_built_is_sound(runs, tmp_path, capsys):
 
 
 def test_the_checks_of_what_is_written(folders, capsys):
-    told = {v.rule: v.verdict for v in judge(read_entry(folders["track_pocket"]), static=True)}
+    told = {v.rule: v.verdict for v in judge(read_entry(folders["track_tiny"]), static=True)}
     assert set(told) == set(RULES) - {"runs"} and set(told.values()) == {OK}
     capsys.readouterr()
     assert record.main(["check", str(folders["track_10min_16mb"]), "--static", "--json"]) == 0
@@ -134,26 +153,26 @@ def test_the_folder_holds_what_the_design_says(folders):
     names |= {f"train_seed{seed}.log" for seed in SEEDS}
     assert {path.name for path in folders["track_10min_16mb"].iterdir()} == names
     names |= {"tokenizer.model"} | {f"artifact_seed{seed}.lg" for seed in SEEDS}
-    assert {path.name for path in folders["track_pocket"].iterdir()} == names
+    assert {path.name for path in folders["track_tiny"].iterdir()} == names
 
 
 def test_the_numbers_are_those_of_the_runs(folders, runs):
-    data = read_json(folders["track_pocket"])
+    data = read_json(folders["track_tiny"])
     results = [json.loads((run / "result.json").read_text())["result"] for run in runs]
     scores = [float(result["val_bpb"]) for result in results]
     center = sum(scores) / 3
     assert data["val_bpb"] == pytest.approx(center, abs=1e-8)
     assert data["val_bpb_std"] == pytest.approx(math.sqrt(sum((s - center) ** 2 for s in scores) / 2), abs=1e-8)
-    packed = (folders["track_pocket"] / "train_gpt.py").stat().st_size
+    packed = (folders["track_tiny"] / "train_gpt.py").stat().st_size
     assert data["bytes_total"] == packed + max(result["artifact_bytes"] for result in results)
     row = data["seed_results"]["1337"]
     assert (row["val_bpb"], row["steps"]) == (scores[1], 4)
-    readme = (folders["track_pocket"] / "README.md").read_text()
+    readme = (folders["track_tiny"] / "README.md").read_text()
     assert f"| 1337 | {scores[1]:.5f} |" in readme and "for SEED in 42 1337 2024; do python train_gpt.py" in readme
 
 
 def test_the_command_in_the_readme_repeats_the_config(folders, runs):
-    readme = (folders["track_pocket"] / "README.md").read_text()
+    readme = (folders["track_tiny"] / "README.md").read_text()
     words = re.search(r"python train_gpt\.py (.*) --seed=\$SEED; done", readme)[1].split()
     config, _ = train_gpt.parse_config([*words, "--seed=42", "--run_id=r42"], {})
     had, has = json.loads((runs[0] / "config.json").read_text()), vars(config)
@@ -163,11 +182,11 @@ def test_the_command_in_the_readme_repeats_the_config(folders, runs):
 @pytest.mark.slow
 def test_a_track_is_a_row_of_the_table(dataset, tmp_path, monkeypatch, capsys):
     """Another byte limit, code that does not count, a number of tokens that the track sets."""
-    row = replace(TRACKS["track_pocket"], byte_limit=20_000, counts_code=False, train_tokens=512, seeds=2)
-    monkeypatch.setitem(TRACKS, "track_pocket", row)
+    row = replace(TRACKS["track_tiny"], byte_limit=20_000, counts_code=False, train_tokens=512, seeds=2)
+    monkeypatch.setitem(TRACKS, "track_tiny", row)
     limits = dict(byte_limit=20_000, code_reserve=0)
     runs = [train(tmp_path, dataset, **RUN | limits, run_id=f"r{seed}", seed=seed) for seed in SEEDS[:2]]
-    folder = write_record(tmp_path / "track_pocket" / NAME, runs)
+    folder = write_record(tmp_path / "track_tiny" / NAME, runs)
     assert violated(folder) == set()
     assert read_json(folder)["bytes_total"] == max((run / "artifact.lg").stat().st_size for run in runs)
     assert "does not count the code" in (folder / "README.md").read_text()
@@ -176,7 +195,7 @@ def test_a_track_is_a_row_of_the_table(dataset, tmp_path, monkeypatch, capsys):
         (dict(byte_limit=5_000), {"limit"}),
         (dict(train_tokens=513), {"train_tokens"}),
     ):
-        monkeypatch.setitem(TRACKS, "track_pocket", replace(row, **change))
+        monkeypatch.setitem(TRACKS, "track_tiny", replace(row, **change))
         assert violated(folder) == rules, change
 
 
@@ -345,6 +364,7 @@ FAULTS = [
     ("script code", flip_bit, "train_gpt.py", 10_000),
 ]
 POCKET_FAULTS = [
+    ("validation", in_log, r"^(data split:val .* text_sha256:)\w", r"\g<1>x"),
     ("train_tokens readme", in_log, CONFIG.format("iterations"), r"\g<1>0", SEEDS),
     ("log_sums train_tokens", in_log, r"^(result .* tokens:)\d+", r"\g<1>100"),
     ("artifacts", flip_bit, "artifact_seed42.lg"),
@@ -363,7 +383,7 @@ def plant(fault: tuple[Any, ...], folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("track", "faults"), [("track_10min_16mb", FAULTS), ("track_pocket", POCKET_FAULTS)])
+@pytest.mark.parametrize(("track", "faults"), [("track_10min_16mb", FAULTS), ("track_tiny", POCKET_FAULTS)])
 def test_planted_faults_are_found_by_their_rules(track, faults, folders, tmp_path):
     wrong = []
     for number, (rules, *fault) in enumerate(faults):
@@ -403,7 +423,7 @@ def test_what_logs_tell_of_updates(folders, tmp_path):
             (OK, (in_log, r" eval_fits:yes", "")),
         ]
     ):
-        folder = copy_record(folders, "track_pocket", tmp_path / str(number))
+        folder = copy_record(folders, "track_tiny", tmp_path / str(number))
         for fault in faults:
             plant(fault, folder)
         found = [level for level, _ in RULES["updates"](read_entry(folder))]
@@ -413,7 +433,7 @@ def test_what_logs_tell_of_updates(folders, tmp_path):
 def test_scripts_of_earlier_packers(folders, tmp_path, monkeypatch):
     """What they start cannot be read by this one, which is no reason to say that it is another program. A pair of
     script and source that was compared at the time is good, and no other one is."""
-    folder = copy_record(folders, "track_pocket", tmp_path)
+    folder = copy_record(folders, "track_tiny", tmp_path)
     with zipfile.ZipFile(folder / "train_gpt.py") as archive:
         main, content = archive.read("__main__.py"), bz2.decompress(archive.read("code"))
     with zipfile.ZipFile(folder / "train_gpt.py", "w") as archive:
@@ -478,24 +498,24 @@ def test_refused_runs(runs, folders, tmp_path, capsys):
     skipped = changed("skipped", r"skipped:0", "skipped:49")
     unfinished = shutil.copytree(runs[2], tmp_path / "unfinished")
     (unfinished / "result.json").unlink()
-    out = tmp_path / "track_pocket" / NAME
+    out = tmp_path / "track_tiny" / NAME
     out.parent.mkdir()
     for made, message in (
         ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr=0.02; only the seed may differ"),
         ([runs[0], runs[0], runs[1]], "a second run of seed 42"),
         ([*runs[:2], other_code], "ran other code than is here now"),
-        (runs[:1], "1 runs, and track_pocket asks for 3 seeds"),
+        (runs[:1], "1 runs, and track_tiny asks for 3 seeds"),
         (other_options, "ran other code than is here now"),
         ([*runs[:2], unfinished], "has not finished"),
         ([*runs[:2], cut], "does not end with a result line"),
         ([*runs[:2], skipped], "49 updates at test time were skipped for lack of time, and a record needs skipped:0"),
-        (runs[:2], "2 runs, and track_pocket asks for 3 seeds"),
+        (runs[:2], "2 runs, and track_tiny asks for 3 seeds"),
     ):
         assert record.main(["build", str(out), *META, *map(str, made)]) == 2
         told = capsys.readouterr()
         assert message in told.err and told.err.startswith("error: ") and told.err.count("\n") == 1
         assert not told.out and not list(out.parent.iterdir())
-    assert record.main(["build", str(folders["track_pocket"]), *META, *map(str, runs)]) == 2
+    assert record.main(["build", str(folders["track_tiny"]), *META, *map(str, runs)]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
@@ -515,7 +535,7 @@ def test_what_breaks_a_rule_is_not_written(runs, tmp_path, capsys):
 @pytest.fixture
 def short_record(folders, tmp_path) -> Path:
     """A pocket record with the artifact of one seed."""
-    folder = copy_record(folders, "track_pocket", tmp_path)
+    folder = copy_record(folders, "track_tiny", tmp_path)
     for seed in SEEDS[1:]:
         (folder / f"artifact_seed{seed}.lg").unlink()
     return folder
@@ -531,7 +551,7 @@ def score_again(folder: Path, dataset: Path, capfd) -> tuple[int, str, str]:
 @pytest.mark.slow
 def test_artifacts_are_scored_again(short_record, dataset, capfd, monkeypatch):
     monkeypatch.setenv("SCORE_MODE", "sliding")  # which must not matter
-    monkeypatch.setitem(TRACKS, "track_pocket", replace(TRACKS["track_pocket"], ships_artifacts=False))
+    monkeypatch.setitem(TRACKS, "track_tiny", replace(TRACKS["track_tiny"], ships_artifacts=False))
     bpb = read_json(short_record)["seed_results"]["42"]["val_bpb"]
     code, row, err = score_again(short_record, dataset, capfd)
     assert code == 0 and re.fullmatch(rf"score_again +ok +seed 42: \S+ \(log {bpb:.8f}\)", row)
@@ -557,7 +577,7 @@ def test_another_validation_text_is_refused(short_record, dataset, tmp_path, cap
 
 def test_scores_are_compared(folders):
     """Within 0.001, and with no update skipped."""
-    log = read_entry(folders["track_pocket"]).logs[0]
+    log = read_entry(folders["track_tiny"]).logs[0]
     bpb = log.final.bpb
     for again, skipped, verdict in (
         (bpb, 0, OK),
@@ -573,8 +593,8 @@ def test_scores_are_compared(folders):
 
 
 def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
-    pocket, gpus = folders["track_pocket"], folders["track_10min_16mb"]
-    damaged = copy_record(folders, "track_pocket", tmp_path)
+    pocket, gpus = folders["track_tiny"], folders["track_10min_16mb"]
+    damaged = copy_record(folders, "track_tiny", tmp_path)
     for path in damaged.glob("*.lg"):
         flip_bit(damaged, path.name)
     for folder, options, code, message in (
@@ -595,7 +615,7 @@ def test_what_cannot_be_scored_again(folders, tmp_path, capsys):
 
 # Bits per byte of tests/data/text.txt in mode plain, float32, for each seed.
 TEXT_BPB = {
-    "track_pocket/2026-11-21_PocketLoop": {"42": 2.07729, "1337": 2.09345, "2024": 2.01290},
+    "track_pocket/2026-11-25_Miniature": {"42": 2.12147, "1337": 2.10236, "2024": 2.12955},
 }
 
 
@@ -787,7 +807,7 @@ def restated(folder: Path, target: Path, shift: float) -> Path:
 
 
 def test_compare_says_whether_it_is_a_record(folders, tmp_path, capsys):
-    base = folders["track_pocket"]
+    base = folders["track_tiny"]
     better = restated(base, tmp_path / "better", 1.0)
     assert record.main(["compare", str(better), str(base)]) == 0
     text = capsys.readouterr().out

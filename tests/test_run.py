@@ -353,7 +353,7 @@ def test_a_corrupt_artifact_exits_4(case, finished, dataset, tmp_path, monkeypat
     assert "a.lg" in line
 
 
-@pytest.mark.parametrize("changes", [dict(mlp_mult=3.0), dict(plan="ab"), dict(plan="abcabc")])
+@pytest.mark.parametrize("changes", [dict(mlp_mult=3.5), dict(plan="ab"), dict(plan="abcabc")])
 def test_an_artifact_is_not_scored_as_another_model(changes, finished, dataset, tmp_path, monkeypatch, capsys):
     given = options(score=finished[0] / "artifact.lg", data_path=dataset, device="cpu", compile="none", **changes)
     assert call(given, tmp_path, monkeypatch) == 2

@@ -55,11 +55,11 @@ KINDS: dict[str, type | UnionType] = {
 NEEDED = ("author", "github_id", "name", "date", "val_bpb")
 WHOLE_NUMBERS = ("artifact_bytes", "steps")
 # Scripts in records/ that an earlier packer of this repository made, which today's packer would make differently. They
-# were compared with their readable source then: sha256 of train_gpt.py, sha256 of train_gpt_human.py.
+# were compared with their readable source then: sha256 of train_gpt.py to sha256 of train_gpt_human.py.
 EARLIER_SCRIPTS = {
-    # records/track_pocket/2026-11-21_PocketLoop
-    "bea8f35359444ac9aeeab65eed0ce063764df44f9d498a59a5eecd3a8b01867d": (
-        "71f10ea52f0f8cfecafc4fcda80a7f243094d40e2372fcfa7efdc9138bdc12ec"
+    # records/track_pocket/2026-11-25_Miniature
+    "6e1626f378b1a562dab24f6a65899c10bc097de67ec2a2258217819c4b41c832": (
+        "1743ca60c37bf6fa8e0de2b53a0eca0e884bc6bb49a6d444582b94135ed2a850"
     ),
 }
 

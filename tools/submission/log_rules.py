@@ -246,7 +246,7 @@ def eval_time(entry: Entry) -> Found:
 
 @rule
 def validation(entry: Entry) -> Found:
-    """Every token that was to be scored was; where the track asks for it, that is the whole validation set."""
+    """Every token that was to be scored was; that is the whole validation set, or the text that the track fixes."""
     for log in entry.logs:
         if not log.ours:
             yield whole_set(log, log.dataset)
@@ -259,12 +259,19 @@ def validation(entry: Entry) -> Found:
             continue
         if scored != to_score - 1:  # the first token has nothing before it
             yield BAD, f"{log.who}: {scored:,} tokens in the score, {to_score - 1:,} were to be scored"
-        elif entry.track and not entry.track.whole_validation:
-            yield OK, f"{scored:,} tokens, a prefix as the track allows"
+        elif entry.track and entry.track.text_sha256:
+            yield same_text(log, data.get("text_sha256", ""), entry.track.text_sha256)
         elif to_score != total:
             yield BAD, f"{log.who}: {to_score:,} of {total:,} validation tokens were scored"
         else:
             yield whole_set(log, f"sp{log.settings.get('vocab_size')}")
+
+
+def same_text(log: TrainLog, found: str, wanted: str) -> tuple[str, str]:
+    """Whether a log was scored on the text that its track fixes."""
+    if found != wanted:
+        return BAD, f"{log.who}: scored on another text than the track's (text_sha256 {found[:16]}, not {wanted[:16]})"
+    return OK, "the text of the track"
 
 
 def whole_set(log: TrainLog, dataset: str) -> tuple[str, str]:

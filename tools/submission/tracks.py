@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import train_gpt
+
 
 @dataclass(frozen=True)
 class Track:
@@ -18,7 +20,7 @@ class Track:
     train_tokens: int | None = None  # that number, where the track sets it
     byte_limit: int = 16_000_000
     counts_code: bool = True  # whether the packed script counts towards the byte limit
-    whole_validation: bool = True
+    text_sha256: str = ""  # of the text that is scored, where it is not the whole validation set
     seeds: int = 3
     ships_artifacts: bool = False
     is_for_records: bool = True
@@ -35,7 +37,10 @@ TRACKS = {
         device="cpu",
         processes=1,
         has_fixed_tokens=True,
-        whole_validation=False,
+        train_tokens=16_384_000,
+        byte_limit=160_000,
+        counts_code=False,
+        text_sha256=train_gpt.RECIPES["pocket"]["text_sha256"],
         ships_artifacts=True,
     ),
     "track_non_record_16mb": Track(
