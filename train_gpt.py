@@ -489,7 +489,7 @@ class TrainingText:
     def read(self, consumed: int, count: int, length: int) -> Tensor:
         """(count, length + 1) tokens, the next ones after those consumed."""
         starts = self.order.starts(consumed, count, length)
-        return torch.from_numpy(self.stream.read_windows(starts, length + 1).astype(np.int64))
+        return torch.from_numpy(self.stream.read_windows(starts, length + 1))
 
     def ends_round(self, consumed: int) -> bool:
         """Whether batch and context may change now."""
@@ -1549,12 +1549,6 @@ def config_from_stored(stored: dict[str, Any]) -> Config:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
-def with_stored_of(stored: Config, config: Config) -> Config:
-    """A config with another one's stored settings."""
-    taken = {f.name: getattr(stored, f.name) for f in fields(Stored)}
-    return replace(config, **taken, batch_tokens=stored.seq_len)
-
-
 def describe_stored(stored: dict[str, Any]) -> Layout:
     """The parameters of an artifact that stores these settings."""
     config = config_from_stored(stored)
@@ -1667,7 +1661,7 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
     if config.score_documents:
         documents = split_documents(tokens, config.bos_id)[: config.score_documents]
         tokens = np.concatenate(documents)
-        facts = dict(tokens=stream.total, documents=len(documents), text_sha256=hash_text(documents, tokenizer))
+        facts.update(documents=len(documents), text_sha256=hash_text(documents, tokenizer))
     if len(tokens) < config.seq_len + 1:
         count = f"{len(tokens)} validation tokens"
         raise DataError(f"{config.data_path}: {count} are fewer than one window of {config.seq_len}")
@@ -1677,7 +1671,7 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
         ctx.log.line(
             f"# warning: the text is not the one that {config.recipe} is scored on: its score compares with no other"
         )
-    return Validation(torch.from_numpy(tokens.astype(np.int64)), ByteCounter(tokenizer.model), tokenizer.identity)
+    return Validation(torch.from_numpy(tokens), ByteCounter(tokenizer.model), tokenizer.identity)
 
 
 def split_documents(tokens: np.ndarray, bos_id: int) -> list[np.ndarray]:

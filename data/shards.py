@@ -132,7 +132,8 @@ class WindowOrder:
         starts = index // blocks_each * length
         for number in np.unique(epoch).tolist():
             within = epoch == number
-            starts[within] += self.longest * self.order(number)[block[within] % self.n_blocks]
+            blocks = self.order(number)[block[within] % self.n_blocks].astype(np.int64)  # a text may have 2**32 tokens
+            starts[within] += self.longest * blocks
         return starts
 
     def order(self, epoch: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, options, tiny_config
 
 from loopgolf.errors import ConfigError
-from train_gpt import RECIPES, SECTIONS, Config, Stored, help_text, parse_config
+from train_gpt import RECIPES, SECTIONS, Config, Stored, count_code, help_text, parse_config
 
 POCKET = ["--recipe", "pocket"]
 
@@ -197,3 +197,9 @@ def test_resume_refuses_a_damaged_config(stored_run, name, value):
     path = stored_run / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     refuse([f"--resume={stored_run}"])
+
+
+def test_code_counts_as_packed_or_reserved_or_not_at_all():
+    counted, free = Config(code_reserve=1000), Config(code_reserve=0)
+    assert [count_code(counted, 0), count_code(counted, 900)] == [1000, 900]
+    assert [count_code(free, 0), count_code(free, 900)] == [0, 0]

@@ -86,9 +86,11 @@ def test_neighbours_in_a_document_are_never_in_one_step():
 
 
 def test_a_large_text_needs_four_bytes_for_a_window():
-    order = WindowOrder(10**7 * 16 + 1, 16, 160, seed=0)
-    order.starts(0, 10, 16)
-    assert order.epochs[0].nbytes == 4 * 10**7
+    """Ten thousand million tokens, whose positions need more."""
+    order = WindowOrder(10**10 + 1, 1024, 8192, seed=0)
+    starts = order.starts(0, order.n_blocks, 1024)
+    assert order.epochs[0].nbytes == 4 * order.n_blocks
+    assert starts.max() == 1024 * (order.n_blocks - 1) and starts.sum() == 1024 * sum(range(order.n_blocks))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -113,8 +115,12 @@ def test_another_number_of_shards_changes_nothing(counting, tmp_path):
     assert one.fingerprint() != many.fingerprint()
 
 
-class Seen(Exception):
-    """Enough batches were read."""
+def test_a_round_is_long_enough_for_the_shortest_windows(counting):
+    """The largest batch of the shortest windows still takes one from each block."""
+    text = TrainingText(tiny_config(data_path=str(counting), vocab_size=1000), [(256, 32), (256, 64)])
+    for step in range(4):
+        inputs = text.read(256 * step, 8, 32)
+        assert len((inputs[:, 0] // 64).unique()) == 8
 
 
 def grow(config, progress, step):

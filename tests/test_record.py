@@ -624,6 +624,12 @@ def committed(request) -> Path:
     return request.param
 
 
+def test_the_pocket_track_is_what_the_recipe_pocket_runs():
+    track, recipe = TRACKS["track_pocket"], train_gpt.RECIPES["pocket"]
+    assert (track.text_sha256, track.byte_limit) == (recipe["text_sha256"], recipe["byte_limit"])
+    assert track.counts_code == (recipe["code_reserve"] > 0)
+
+
 @pytest.mark.slow
 def test_committed_records_are_sound(committed):
     """By all rules, those that start the script of the record included."""

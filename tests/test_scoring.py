@@ -413,3 +413,11 @@ def test_the_learning_rate_of_adaptation_falls_as_a_cosine(tokens):
     for done, share in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
         scorer.observe(tokens, scorer.tracks(tokens)[0][0], done, math.inf)
         assert scorer.state.optimizers["sgd"].param_groups[0]["lr"] == pytest.approx(0.5 * share, abs=1e-9)
+
+
+def test_warming_up_sees_a_whole_chunk_of_adaptation(dataset):
+    """Batches as the updates of a run have them, so that none is compiled on its clock."""
+    config = tiny_config(data_path=str(dataset), ttt_chunk=300)
+    scorer = build_scorer("sgd", tiny_model(config), config, tiny_context())
+    assert scorer.rows * scorer.length < 300 <= scorer.score_made_up(scorer.rows).observed
+    assert scorer.updates == 0

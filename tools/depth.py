@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -82,7 +82,8 @@ class Study:
                 f"{path}: its plan {trained.plan} has a fixed depth; train one with a group marked *r, "
                 "such as --plan 'ab(^cd)*rgh' --skips none"
             )
-        self.config = replace(train_gpt.with_stored_of(trained, config), compile="none")
+        stored = {field.name: getattr(trained, field.name) for field in fields(train_gpt.Stored)}
+        self.config = replace(config, **stored, batch_tokens=trained.seq_len, compile="none")
         self.ctx = train_gpt.build_context(self.config, {})
         quiet = replace(self.ctx, log=Log(quiet=True))
         self.val = train_gpt.load_validation(self.config, quiet)

@@ -57,8 +57,8 @@ def read_scored_text(config: train_gpt.Config) -> bytes:
     tokenizer = train_gpt.load_tokenizer(config.tokenizer_file).model
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     documents = train_gpt.split_documents(stream.read(0, stream.total), config.bos_id)
-    count = config.score_documents or len(documents)
-    return "".join(tokenizer.decode(document.tolist()) for document in documents[:count]).encode()
+    scored = documents[: config.score_documents or None]
+    return "".join(tokenizer.decode(document.tolist()) for document in scored).encode()
 
 
 def describe_score(config: train_gpt.Config, result: dict[str, str]) -> str:
