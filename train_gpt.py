@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
-from kernels.head import head_loss_ref, softcap_logits
+from kernels.head import head_loss_torch, softcap_logits
 from kernels.newton_schulz import orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, KeysValues
@@ -310,8 +310,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pocket": dict(
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
-        bigram_buckets=0, ve_dim=16, doc_attention=True, vocab_size=2048, byte_limit=160_000, code_reserve=0,
-        embed_k=60.0, table_k=60.0,
+        bigram_buckets=0, ve_passes="all", ve_dim=16, doc_attention=True, vocab_size=2048,
+        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0,
         seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
         matrix_lr=0.02, table_lr=0.025, vector_lr=0.08, weight_decay=0.1, momentum=0.9, beta2=0.98,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
@@ -875,7 +875,7 @@ class LoopedGPT(DeclaringModule):
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
         self.run_block = compile_in(("block",), compile_mode, Block.forward)
-        self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_ref)
+        self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_torch)
 
     def reach_of(self, block: int) -> int:
         """Positions that a block looks back at most."""
@@ -1086,10 +1086,10 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
-            for weight, parts in zip(group["params"], group["parts"]):
-                update = self.advance_momentum(weight, group["momentum"])
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                for target, piece in zip(weight.split(parts), update.split(parts)):
+            moves = self.advance_momentum(group["params"], group["momentum"])
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            for weight, move, parts in zip(group["params"], moves, group["parts"]):
+                for target, piece in zip(weight.split(parts), move.split(parts)):
                     gain = max(1, len(piece) / piece.shape[1]) ** 0.5
                     if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
                         target, piece = target.mT, piece.mT
@@ -1099,14 +1099,16 @@ class Muon(torch.optim.Optimizer):
             for (target, _, factor), update in zip(rows, updates):
                 target.add_(update, alpha=factor)
 
-    def advance_momentum(self, weight: Tensor, momentum: float) -> Tensor:
-        """Nesterov's update."""
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].mul_(momentum).add_(weight.grad)
-        assert weight.grad is not None
-        return weight.grad.add(state["momentum"], alpha=momentum)
+    def advance_momentum(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Nesterov's updates."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        means = [self.state[weight]["momentum"] for weight in weights]
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, grads)
+        return torch._foreach_add(grads, means, alpha=momentum)
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)

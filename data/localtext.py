@@ -1,13 +1,15 @@
 """The offline corpus: English technical prose that is already on the machine, as a dataset folder.
 
     python -m data.localtext [--out data/local] [--vocab_size 2048] [--force]
+    python -m data.localtext --held_out --out data/heldout       to decide by: never tune on what is scored
 
 It takes documentation strings of more than 200 characters (of modules, classes and functions, and those that
 compiled functions are given by a call) and the help topics, of this Python's standard library and of every
 distribution that requirements.txt installs, dependencies included. Sources are compiled, never imported or run.
 Near duplicates go by one rule: a document is dropped when at least half of its four-word sequences (letters
 only, case ignored) also occur in documents that have more of them. The rule comes before the split, so it
-holds across it. Installed versions alone decide the result.
+holds across it. Installed versions alone decide the result. With --held_out no validation document is in the
+folder: some of the training documents take their place, for every choice that is made by measuring.
 """
 
 import ast
@@ -55,6 +57,7 @@ from loopgolf.runtime import run_program
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CHARS = 200
 VAL_FRACTION = 0.05
+HELD_OUT_FRACTION = 0.03  # of all documents, those that come next in the order of the split
 SHINGLE_WORDS = 4
 # Tests hold little prose, and some systems leave them out.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -256,12 +259,13 @@ def content_hash(document: Document) -> str:
 # --- the dataset folder
 
 
-def compute_key(distributions: dict[str, Distribution], absent: list[str], vocab_size: int) -> dict:
+def compute_key(distributions: dict[str, Distribution], absent: list[str], vocab_size: int, held_out: bool) -> dict:
     """Everything that decides the corpus; a folder whose manifest holds the same key needs no new build."""
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     return {
         "python": platform.python_version(),
         "vocab_size": vocab_size,
+        "held_out": held_out,
         "code_sha256": code.hexdigest(),
         "distributions": {name: found.version for name, found in distributions.items()},
         "absent": absent,
@@ -280,16 +284,19 @@ def is_valid(out: Path, key: dict) -> bool:
     )
 
 
-def build_corpus(out: Path, sources: list[Source], key: dict, vocab_size: int) -> dict[str, dict[str, int]]:
+def build_corpus(out: Path, sources: list[Source], key: dict) -> dict[str, dict[str, int]]:
     found = collect_documents(sources)
     documents = drop_near_duplicates(found)
     log("documents", found=len(found), kept=len(documents), dropped=len(found) - len(documents))
-    texts = [document.text for document in documents]
+    texts, val_fraction, vocab_size = [document.text for document in documents], VAL_FRACTION, key["vocab_size"]
+    if key["held_out"]:
+        texts = [text for text in texts if not is_validation(text, VAL_FRACTION)]
+        val_fraction = VAL_FRACTION + HELD_OUT_FRACTION
     with building(out, replace=True) as folder:
-        training = [text for text in texts if not is_validation(text, VAL_FRACTION)]
+        training = [text for text in texts if not is_validation(text, val_fraction)]
         train_tokenizer(training, folder / TOKENIZER, vocab_size)
         log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(folder / TOKENIZER))
-        counts = encode_documents(texts, folder / TOKENIZER, folder, "local", VAL_FRACTION)
+        counts = encode_documents(texts, folder / TOKENIZER, folder, "local", val_fraction)
         facts = {"name": "local", "vocab_size": vocab_size, "splits": counts}
         write_manifest(folder, facts | {"sources": describe_sources(sources, documents), "key": key})
     return counts
@@ -311,15 +318,15 @@ def describe_sources(sources: list[Source], documents: list[Document]) -> list[d
     ]
 
 
-def make_local(out: str, vocab_size: int, force: bool) -> None:
+def make_local(out: str, vocab_size: int, held_out: bool, force: bool) -> None:
     start, folder = time.perf_counter(), Path(out)
     distributions, absent = find_distributions(read_requirements(ROOT / "requirements.txt"))
-    key = compute_key(distributions, absent, vocab_size)
+    key = compute_key(distributions, absent, vocab_size, held_out)
     if not force and is_valid(folder, key):
         counts, state = load_manifest(folder)["splits"], "ready"
     else:
         log("sources", python=key["python"], distributions=len(distributions), absent=",".join(absent) or "-")
-        counts, state = build_corpus(folder, build_sources(distributions), key, vocab_size), "built"
+        counts, state = build_corpus(folder, build_sources(distributions), key), "built"
     log("localtext", state=state, out=out, **flatten(counts), seconds=f"{time.perf_counter() - start:.1f}")
 
 
@@ -327,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m data.localtext", description="Build the offline corpus from what is installed.")
     parser.add_argument("--out", default="data/local", help="the dataset folder (data/local)")
     parser.add_argument("--vocab_size", type=positive, default=2048, help="pieces of the tokenizer (2048)")
+    parser.add_argument("--held_out", action="store_true", help="score training documents instead, to decide by")
     parser.add_argument("--force", action="store_true", help="build it again even when it is there and valid")
     args = vars(parser.parse_args(argv))
     with tidy_when_terminated():

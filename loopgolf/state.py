@@ -37,13 +37,21 @@ class MasterWeights:
         self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(sizes))
         for weight, view in zip(self.weights.values(), self.flat_grad.split(sizes)):
             weight.grad = view.view_as(weight)
+        # weights of one format and width are rounded as one matrix: small ones cost calls, not arithmetic
+        self.alike: dict[tuple[Format, torch.Size, torch.dtype], list[str]] = {}
+        for name, parameter in parameters.items():
+            key = (self.formats[name], parameter.shape[1:], parameter.dtype)
+            self.alike.setdefault(key, []).append(name)
 
     def accumulate(self) -> None:
         """Moves the gradients of the model into the float32 sum: a bf16 sum would drop small terms."""
+        sums, terms = [], []
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self.grad(name).add_(parameter.grad)
+                sums.append(self.grad(name))
+                terms.append(parameter.grad)
                 parameter.grad = None
+        torch._foreach_add_(sums, terms)
 
     def grad(self, name: str) -> Tensor:
         """The piece of the flat gradient that belongs to a weight."""
@@ -54,8 +62,12 @@ class MasterWeights:
     @torch.no_grad()
     def write_quantized(self) -> None:
         """Writes the weights to the model, rounded as they will be stored."""
-        for name, weight in self.weights.items():
-            self.formats[name].write_rounded(weight, self.parameters[name])
+        for (form, _, dtype), names in self.alike.items():
+            rows = torch.cat([self.weights[name] for name in names])
+            rounded = torch.empty_like(rows, dtype=dtype)
+            form.write_rounded(rows, rounded)
+            parameters: list[Tensor] = [self.parameters[name] for name in names]
+            torch._foreach_copy_(parameters, rounded.split([len(p) for p in parameters]))
 
     def detached(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self.weights.items()}

@@ -93,6 +93,23 @@ def head_loss_float64(x, weight, targets, cap):
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
+@outside
+@pytest.mark.parametrize("rows, width, vocab", [(7, 13, 37), (512, 8, 20), (1300, 8, 20)])
+@pytest.mark.parametrize("cap", [2.0, 30.0, 0.0])
+def test_head_in_blocks(rows, width, vocab, cap):
+    inputs, targets = head_inputs(rows, width, vocab)
+    expected = compute_all(head_loss_float64, inputs, targets, cap or 1e6)
+    assert_near(compute_all(head.head_loss_in_blocks, inputs, targets, cap), expected)
+
+
+@outside
+def test_head_in_blocks_where_the_loss_is_large():
+    """A probability below the smallest float32."""
+    inputs, targets = head_inputs(6, 8, 20, scale=1e4)
+    expected = compute_all(head_loss_float64, inputs, targets, 1e9)
+    assert_near(compute_all(head.head_loss_in_blocks, inputs, targets, 0.0), expected)
+
+
 @needs_triton
 @interpreted
 def test_head_where_tanh_has_reached_its_ends():

@@ -271,13 +271,29 @@ def test_the_folder_is_whole_and_is_not_built_twice(small: Path, capsys: pytest.
         assert source[key] == sum(split[key] for split in manifest["splits"].values())
 
 
-@pytest.mark.slow
-def test_the_split_is_clean_and_the_order_fixed(built_once: Path) -> None:
-    model, texts = load_tokenizer(built_once / "tokenizer.model"), {}
+def decode_texts(folder: Path) -> dict[str, list[str]]:
+    model, texts = load_tokenizer(folder / "tokenizer.model"), {}
     for split in ("train", "val"):
-        tokens = np.concatenate([read_shard(path) for path in find_shards(built_once, split)])
+        tokens = np.concatenate([read_shard(path) for path in find_shards(folder, split)])
         parts = np.split(tokens, np.flatnonzero(tokens == model.bos_id())[1:])
         texts[split] = [model.decode(part.tolist()) for part in parts]
+    return texts
+
+
+@pytest.mark.slow
+def test_held_out_documents_are_training_documents(built_once: Path, tmp_path: Path) -> None:
+    key = {"vocab_size": 400, "held_out": True}
+    found, _ = localtext.find_distributions([localtext.Requirement("packaging")])
+    localtext.build_corpus(tmp_path / "held", localtext.build_sources(found)[1:], key)
+    usual, held = decode_texts(built_once), decode_texts(tmp_path / "held")
+    assert held["val"] and set(held["train"] + held["val"]) == set(usual["train"])
+    assert not set(held["val"]) & set(held["train"])
+
+
+@pytest.mark.slow
+def test_the_split_is_clean_and_the_order_fixed(built_once: Path) -> None:
+    texts = decode_texts(built_once)
+    for split in ("train", "val"):
         assert all(is_validation(text, 0.05) is (split == "val") for text in texts[split])
         documents = make_documents(texts[split])
         assert documents == sorted(documents, key=localtext.content_hash)
@@ -355,7 +371,7 @@ def test_bytes_do_not_depend_on_hash_seed_or_workers(built_once: Path, tmp_path:
         "import sys; from pathlib import Path; from data import localtext as l\n"
         "if __name__ == '__main__':\n"
         "    found, absent = l.find_distributions([l.Requirement('packaging')])\n"
-        "    l.build_corpus(Path(sys.argv[1]), l.build_sources(found)[1:], {}, 400)\n"
+        "    l.build_corpus(Path(sys.argv[1]), l.build_sources(found)[1:], {'vocab_size': 400, 'held_out': False})\n"
     )
     (tmp_path / "script.py").write_text(script)
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
