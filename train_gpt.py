@@ -86,7 +86,7 @@ from loopgolf.runtime import (
     print_error,
     write_atomic,
 )
-from loopgolf.scoring import BpbMeter, ByteCounter, Lora, OnPass, Score, Scoring, WindowScorer, score_tokens
+from loopgolf.scoring import BpbMeter, ByteCounter, Lora, Mask, OnPass, Score, Scoring, WindowScorer, score_tokens
 from loopgolf.source import find_counted, hash_files
 from loopgolf.state import MasterWeights, TrainState, WeightAverage, load_checkpoint, save_checkpoint
 
@@ -165,7 +165,7 @@ class Size:
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
-    code_reserve: int = option(32_000, "bytes that a run sets aside for the code (0 = code does not count)")
+    code_reserve: int = option(36_000, "bytes that a run sets aside for the code (0 = code does not count)")
 
 
 @dataclass(frozen=True)
@@ -1607,8 +1607,22 @@ def find_scorer(mode: str) -> Any:
     return getattr(import_when_used(entry.module, f"score_mode={mode}"), entry.name)
 
 
-def build_scorer(mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext) -> WindowScorer:
-    return find_scorer(mode)(model, config, ctx)
+def build_scorer(
+    mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext, mask: Mask | None = None
+) -> WindowScorer:
+    """`mask`: what build_mask made for the tokenizer of the text."""
+    assert config.canonical == (mask is not None)
+    scorer: WindowScorer = find_scorer(mode)(model, config, ctx)
+    scorer.mask = mask
+    return scorer
+
+
+def build_mask(tokenizer: sentencepiece.SentencePieceProcessor, config: Scoring, ctx: RunContext) -> Mask | None:
+    if not config.canonical:
+        return None
+    module = import_when_used("loopgolf.canonical", "canonical=1")
+    mask: Mask = module.CanonicalMask(tokenizer, config.bos_id, ctx.device)
+    return mask
 
 
 def import_when_used(module: str, setting: str) -> Any:
@@ -1631,6 +1645,8 @@ def used_modules(config: Config) -> list[str]:
     modules = [SCORERS[mode].module for mode in list_score_modes(config)]
     if config.moe_experts:
         modules.append("loopgolf.moe")
+    if config.canonical:
+        modules.append("loopgolf.canonical")
     return sorted(set(modules))
 
 
@@ -1648,11 +1664,13 @@ def load_eval_model(artifact: Artifact, config: Config, ctx: RunContext) -> Loop
 
 @dataclass(frozen=True)
 class Validation:
-    """The tokens that are scored, how their bytes are counted, and what tells their tokenizer apart."""
+    """The tokens that are scored, how their bytes are counted, what tells their tokenizer apart, and what it rules
+    out."""
 
     tokens: Tensor
     counter: ByteCounter
     identity: dict[str, Any]
+    mask: Mask | None
 
 
 def load_validation(config: Config, ctx: RunContext) -> Validation:
@@ -1673,7 +1691,12 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
         ctx.log.line(
             f"# warning: the text is not the one that {config.recipe} is scored on: its score compares with no other"
         )
-    return Validation(torch.from_numpy(tokens), ByteCounter(tokenizer.model), tokenizer.identity)
+    return Validation(
+        tokens=torch.from_numpy(tokens),
+        counter=ByteCounter(tokenizer.model),
+        identity=tokenizer.identity,
+        mask=build_mask(tokenizer.model, config, ctx),
+    )
 
 
 def split_documents(tokens: np.ndarray, bos_id: int) -> list[np.ndarray]:
@@ -1702,7 +1725,7 @@ def evaluate(
     """Score one mode and log it. `name` says which weights, where it is not the artifact. A finished file (--score) has
     all the time that it takes: a score belongs to the file, not to the machine."""
     started = time.perf_counter()
-    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
+    scorer, meter = build_scorer(mode, model, config, ctx, val.mask), BpbMeter(val.counter)
     if model.is_compiled:
         scorer.warm_up()
     deadline = math.inf if config.score else started + config.eval_budget
@@ -1723,9 +1746,9 @@ def count_updates(scorer: WindowScorer, ctx: RunContext) -> tuple[int, int]:
     return int(total[0]), int(total[1])
 
 
-def log_scoring_forecast(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, n_tokens: int) -> None:
+def log_scoring_forecast(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation) -> None:
     """How long scoring will take, and whether even plain scoring is too much for its budget."""
-    seconds = build_scorer(mode, model, config, ctx).estimate_seconds(n_tokens)
+    seconds = build_scorer(mode, model, config, ctx, val.mask).estimate_seconds(len(val.tokens))
     ctx.log("forecast", what="scoring", mode=mode, seconds=seconds)
     if seconds > config.eval_budget and not config.score:
         budget = f"eval_budget={config.eval_budget}"
@@ -1946,7 +1969,7 @@ def score_only(config: Config, ctx: RunContext) -> None:
         raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
     model.load_state_dict(artifact.tensors)
     val = load_validation(config, ctx)
-    log_scoring_forecast(config.score_mode, model, config, ctx, len(val.tokens))
+    log_scoring_forecast(config.score_mode, model, config, ctx, val)
     log_result(score_artifact(artifact, model, config, ctx, val), ctx)
 
 
@@ -1995,7 +2018,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     log_plan(config, k_scale, model, ctx)
     eval_model = build_eval_model(config, ctx)
     eval_model.load_state_dict(model.state_dict())
-    log_scoring_forecast("plain", eval_model, config, ctx, len(val.tokens))
+    log_scoring_forecast("plain", eval_model, config, ctx, val)
 
     trained = train(config, ctx, model, k_scale, text, folder)
     at = trained.position

@@ -28,6 +28,7 @@ from loopgolf.runtime import RunContext
 
 OnPass = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
 Lora = Mapping[str, Mapping[str, Adapter]]  # adapters by block and layer
+Mask = Callable[[Tensor, Tensor], Tensor]  # previous tokens (n,), log-probabilities (n, V): what holds after them
 Track = list[list["Window"]]  # chunks of windows
 
 
@@ -40,6 +41,7 @@ class Scoring:
     seq_len: int = option(2048, "tokens in a training sequence and in a scoring window", low=2, high=2**20)
     score_mode: str = option("sgd", "how val_bpb is computed")
     score_batch: int = option(32, "windows in one forward pass of a rank while scoring", low=1, high=65536)
+    canonical: bool = option(False, "what the tokenizer could never write next gets almost no probability")
     stride: int = option(64, "sliding: tokens that a window scores", low=1)
     band: int = option(0, "banded and lora: positions that a position attends to (0 = seq_len)")
     ttt_chunk: int = option(32768, "sgd: tokens that are scored before the weights adapt to them", low=1)
@@ -198,6 +200,7 @@ class WindowScorer:
         self.rows = config.score_batch  # windows in a forward pass
         self.lora: dict[str, dict[str, Adapter]] = {}
         self.on_pass: OnPass | None = None
+        self.mask: Mask | None = None
         self.updates = 0  # adaptation: updates made
         self.skipped = 0  # and updates that the time did not allow
         self.update_s = 0.0  # seconds of the slowest update
@@ -258,7 +261,8 @@ class WindowScorer:
     def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
         for positions, states, owners in self.scored_states(tokens, windows):
-            yield positions, self.predict(states, owners)
+            log_probs = self.predict(states, owners)
+            yield positions, self.mask(tokens[positions - 1], log_probs) if self.mask else log_probs
 
     def predict(self, states: Tensor, owners: Tensor) -> Tensor:
         """States (n, D) to log-probabilities (n, V). `owners`: the window of each, by its place in the batch."""

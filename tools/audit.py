@@ -437,7 +437,7 @@ def audit_artifact(path: Path, args: argparse.Namespace) -> dict:
 
     def build() -> WindowScorer:
         model.load_state_dict(artifact.tensors)
-        return train_gpt.build_scorer(mode, model, config, ctx)
+        return train_gpt.build_scorer(mode, model, config, ctx, val.mask)
 
     probes = args.probes or (20 if scorer_class.adapts else 200)
     span = text[: args.span or choose_span(build())]

@@ -45,7 +45,7 @@ class Case:
     def __init__(self, options: list[str], folder: Path):
         config, _ = train_gpt.parse_config(options, {})
         data = tempfile.mkdtemp(dir=folder)
-        self.config = replace(config, data_path=data, code_reserve=0)
+        self.config = replace(config, data_path=data, code_reserve=0, canonical=False)  # random tokens have no text
         self.ctx = train_gpt.build_context(self.config, dict(os.environ))
         train_gpt.check_split(self.config, self.ctx)
         tokens = np.random.default_rng(0).integers(2, config.vocab_size, 4 * config.batch_tokens + 1)

@@ -96,7 +96,7 @@ class Study:
     def score(self, r: int, tau: float | None = None) -> tuple[Point, Score]:
         config, ctx, early = self.config_at(r), self.ctx, None if tau is None else EarlyExit(tau)
         model = train_gpt.load_eval_model(self.artifact, config, ctx)
-        scorer = train_gpt.build_scorer(self.mode, model, config, ctx)
+        scorer = train_gpt.build_scorer(self.mode, model, config, ctx, self.val.mask)
         scorer.warm_up()  # the first forward of a process pays for what is not the model's
         meter = BpbMeter(self.val.counter) if early is None else ExitMeter(self.val.counter, early, config.seq_len)
         scorer.on_pass = early

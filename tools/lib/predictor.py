@@ -20,7 +20,7 @@ from data.tokenizer import LETTERS_OF_NOBODY, SPACE_MARKER, encode_document
 from loopgolf.artifact import Artifact
 from loopgolf.errors import Stop
 from loopgolf.runtime import RunContext
-from loopgolf.scoring import ByteCounter, WindowScorer, score_tokens
+from loopgolf.scoring import ByteCounter, Mask, WindowScorer, score_tokens
 
 BAD_BYTES = "\udc80-\udcff"  # what errors="surrogateescape" makes of bytes that are not UTF-8
 BATCH = 16  # windows that are scored in one forward
@@ -91,13 +91,15 @@ class Predictor:
     speller: Speller
     counter: ByteCounter
     mode: str
+    mask: Mask | None
 
     def row(self, tokens: list[int]) -> Tensor:
         """The tokens of one document after its BOS."""
         return torch.tensor([self.config.bos_id, *tokens])
 
     def build_scorer(self, batch: int = 1) -> WindowScorer:
-        return train_gpt.build_scorer(self.mode, self.model, replace(self.config, score_batch=batch), self.ctx)
+        config = replace(self.config, score_batch=batch)
+        return train_gpt.build_scorer(self.mode, self.model, config, self.ctx, self.mask)
 
     def score(self, row: Tensor, meter) -> None:
         """What a run does to get its val_bpb, without a limit on the time of adaptation."""
@@ -121,8 +123,16 @@ def load_predictor(path: Path, tokenizer_path: Path | None = None, mode: str = "
     if ctx.device.type == "cuda":  # sums in the gradients of tables would come in another order each time
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = train_gpt.load_eval_model(artifact, config, ctx)
-    counter = ByteCounter(tokenizer)
-    return Predictor(artifact, config, ctx, model, Speller(tokenizer), counter, mode or config.score_mode)
+    return Predictor(
+        artifact=artifact,
+        config=config,
+        ctx=ctx,
+        model=model,
+        speller=Speller(tokenizer),
+        counter=ByteCounter(tokenizer),
+        mode=mode or config.score_mode,
+        mask=train_gpt.build_mask(tokenizer, config, ctx),
+    )
 
 
 def read_file(path: Path) -> bytes:

@@ -1,0 +1,172 @@
+"""Which token can follow which: a tokenizer spells every text in one way only, and a model need not bet on the others.
+
+    mask = CanonicalMask(tokenizer, bos_id, device)
+    log_probs = mask(previous, log_probs)                (n,), (n, V): of the token after each previous one
+
+What could never come next gets 2^-20 of the probability, shared evenly, so that a text that is spelled in another way
+still has a code. The mask is a function of the tokenizer and the previous token: it costs no bytes, sees nothing of
+the future, and distributions still sum to 1. (Canonical token masking: modded-nanogpt #350; arXiv 2506.07956.)
+
+BPE merges the best pair of neighbours until none is left, over a whole text. So `ab` is spelled a, b exactly if no
+merge ever joins something that ends in `a` with something that begins `b`. The merges within `a` and within `b` come in
+an order of their own; together they come as two sorted lists are merged. In every state on the way the last node of `a`
+and the first of `b` are neighbours, and the pair is impossible if they would be merged before what comes next.
+
+Only what is certain is forbidden. Pieces that stand for bytes follow the rules of UTF-8 and follow no others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+FLOOR = 2.0**-20  # what all impossible tokens have together
+SPACE = "▁"
+
+
+class CanonicalMask:
+    """Takes the probability of what could never come next, and gives it to the rest."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, bos_id: int, device: torch.device):
+        self.allowed = torch.from_numpy(find_allowed_pairs(tokenizer, bos_id)).to(device)
+
+    def __call__(self, previous: Tensor, log_probs: Tensor) -> Tensor:
+        return mask_log_probs(log_probs, self.allowed[previous.to(self.allowed.device)])
+
+
+def mask_log_probs(log_probs: Tensor, allowed: Tensor) -> Tensor:
+    """log_probs (n, V) of distributions, allowed (n, V). Where nothing is forbidden, or everything, they stay."""
+    n_forbidden = (~allowed).sum(-1, keepdim=True)
+    share = (FLOOR / n_forbidden.clamp(min=1)).to(log_probs.dtype).log()
+    kept = log_probs.masked_fill(~allowed, -math.inf)
+    kept = kept - kept.logsumexp(-1, keepdim=True) + math.log1p(-FLOOR)
+    masked = torch.where(allowed, kept, share)
+    has_both = (n_forbidden > 0) & allowed.any(-1, keepdim=True)
+    return torch.where(has_both, masked, log_probs)
+
+
+def find_allowed_pairs(tokenizer: sentencepiece.SentencePieceProcessor, bos_id: int) -> np.ndarray:
+    """Entry (a, b): whether `b` may stand after `a`. Documents start with BOS."""
+    merges = Merges(tokenizer)
+    size = tokenizer.vocab_size()
+    allowed = np.ones((size, size), dtype=bool)
+    forbid_merged_pairs(allowed, merges)
+    is_piece = np.isin(np.arange(size), list(merges.ids.values()))
+    is_byte = np.array([tokenizer.is_byte(i) for i in range(size)])
+    never = ~is_piece & ~is_byte
+    never[merges.unreachable] = True
+    never[bos_id] = False
+    forbid_broken_characters(allowed, tokenizer, is_byte)
+    allowed[bos_id] &= can_begin_document(tokenizer, is_byte)
+    allowed[:, never] = False
+    allowed[bos_id, bos_id] = True  # an empty document
+    return allowed
+
+
+class State(NamedTuple):
+    """A piece on its way from characters to itself, between two merges."""
+
+    first: int  # the node at its left end
+    last: int  # and at its right end
+    next_rank: float  # of the merge that comes next within the piece
+    level: float  # the worst rank of a merge so far: all better ones that were possible are made
+    next_level: float
+
+
+class Merges:
+    """What the tokenizer merges, best first, and how it comes to each piece."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        self.ids: dict[str, int] = {}
+        for i in range(tokenizer.vocab_size()):
+            is_other = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+            if not is_other and not tokenizer.is_byte(i):
+                self.ids[tokenizer.id_to_piece(i)] = i
+        self.ranks = {piece: -tokenizer.get_score(i) for piece, i in self.ids.items()}
+        self.states: dict[int, list[State]] = {}
+        self.unreachable: list[int] = []
+        for piece, i in self.ids.items():
+            states = self.replay(piece)
+            if states:
+                self.states[i] = states
+            else:
+                self.unreachable.append(i)
+
+    def replay(self, piece: str) -> list[State]:
+        """The states of a piece from its characters to itself; none if it is spelled with other pieces."""
+        nodes = list(piece)
+        if any(node not in self.ids for node in nodes):
+            return []
+        steps = [(nodes[0], nodes[-1])]
+        ranks: list[float] = []
+        while len(nodes) > 1:
+            joined = [left + right for left, right in itertools.pairwise(nodes)]
+            best = min(range(len(joined)), key=lambda at: self.ranks.get(joined[at], math.inf))
+            if joined[best] not in self.ids:
+                return []
+            nodes[best : best + 2] = [joined[best]]
+            ranks.append(self.ranks[joined[best]])
+            steps.append((nodes[0], nodes[-1]))
+        levels = [-math.inf, *np.maximum.accumulate(ranks)] if ranks else [-math.inf]
+        return [
+            State(self.ids[first], self.ids[last], next_rank, level, next_level)
+            for (first, last), next_rank, level, next_level in zip(
+                steps, [*ranks, math.inf], levels, [*levels[1:], math.inf]
+            )
+        ]
+
+
+def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
+    ends = group_states(merges, "last")
+    begins = group_states(merges, "first")
+    for piece, rank in merges.ranks.items():
+        for at in range(1, len(piece)):
+            left, right = ends.get(merges.ids.get(piece[:at], -1)), begins.get(merges.ids.get(piece[at:], -1))
+            if left is None or right is None:
+                continue
+            # the merge across comes before the next one of either side; of equal ones the left comes first
+            left, right = left[left[:, 1] > rank, None], right[right[:, 1] >= rank]
+            # both sides are in these states at once
+            is_state = (left[..., 2] <= right[:, 3]) & (right[:, 2] < left[..., 3])
+            rows, columns = np.nonzero(is_state)
+            allowed[left[rows, 0, 0].astype(int), right[columns, 0].astype(int)] = False
+
+
+def group_states(merges: Merges, end: str) -> dict[int, np.ndarray]:
+    """By the node at one end: (piece, next rank, level, next level) of the states that have it there."""
+    found: dict[int, list[tuple[int, float, float, float]]] = defaultdict(list)
+    for i, states in merges.states.items():
+        for state in states:
+            found[getattr(state, end)].append((i, state.next_rank, state.level, state.next_level))
+    return {node: np.array(rows) for node, rows in found.items()}
+
+
+def forbid_broken_characters(
+    allowed: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray
+) -> None:
+    """A first byte of a character is followed by another byte of it, and such a byte follows nothing else."""
+    size = len(is_byte)
+    value = np.full(size, -1)
+    for i in np.flatnonzero(is_byte):
+        value[i] = int(tokenizer.id_to_piece(int(i))[3:5], 16)
+    is_first = value >= 0xC0
+    is_later = (value >= 0x80) & (value < 0xC0)
+    allowed[np.ix_(is_first, ~is_later)] = False
+    allowed[np.ix_(~is_first & ~is_later, is_later)] = False
+    # no character begins with these, and ASCII that has a piece is never spelled as a byte
+    has_piece = [0 <= v < 0x80 and tokenizer.piece_to_id(chr(v)) != tokenizer.unk_id() for v in value]
+    allowed[:, np.isin(value, [0xC0, 0xC1, *range(0xF5, 0x100)]) | np.array(has_piece)] = False
+
+
+def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray) -> np.ndarray:
+    """Where the tokenizer puts a space in front of every text, only pieces that begin with one come first."""
+    if not tokenizer.encode("a", out_type=str)[0].startswith(SPACE):
+        return np.ones(len(is_byte), dtype=bool)
+    return np.array([tokenizer.id_to_piece(i).startswith(SPACE) for i in range(len(is_byte))])
