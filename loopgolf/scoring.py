@@ -261,8 +261,12 @@ class WindowScorer:
     def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
         for positions, states, owners in self.scored_states(tokens, windows):
-            log_probs = self.predict(states, owners)
-            yield positions, self.mask(tokens[positions - 1], log_probs) if self.mask else log_probs
+            yield positions, self.distribution(tokens[positions - 1], states, owners)
+
+    def distribution(self, previous: Tensor, states: Tensor, owners: Tensor) -> Tensor:
+        """Log-probabilities (n, V) of what comes after `previous` (n,), as they are scored and coded."""
+        log_probs = self.predict(states, owners)
+        return self.mask(previous, log_probs) if self.mask else log_probs
 
     def predict(self, states: Tensor, owners: Tensor) -> Tensor:
         """States (n, D) to log-probabilities (n, V). `owners`: the window of each, by its place in the batch."""

@@ -5,6 +5,7 @@ pytest tests/test_canonical.py
 """
 
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
@@ -130,6 +131,17 @@ def test_the_score_decodes(tmp_path, tokenizer_bytes, text):
     assert codec.main(["encode", str(path), str(source), "--out", str(coded), "--mode", "plain"]) == 0
     assert codec.main(["decode", str(path), str(coded), "--out", str(same)]) == 0
     assert same.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_coded_text_is_as_long_as_its_score_says(tmp_path, tokenizer_bytes, documents, capsys):
+    path = write_artifact(tmp_path, tokenizer_bytes, canonical=True)
+    (tmp_path / "text.txt").write_text(documents[0][:900])
+    command = ["encode", str(path), str(tmp_path / "text.txt"), "--out", str(tmp_path / "text.lgz")]
+    assert codec.main([*command, "--mode", "plain", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    excess = (found["coded_bpb"] - found["claimed_bpb"]) * found["bytes"]
+    assert 0 < excess < 80, "bits: the coder's last state has 64"
 
 
 def test_it_travels_in_the_artifact_and_gains(tmp_path, tokenizer, tokenizer_bytes, dataset):

@@ -128,7 +128,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)
                             states = predictor.model.hidden(tokens, cache=cache, lora=scorer.lora)[:, -1]
-                            log_probs = scorer.predict(states, owner)[0]
+                            log_probs = scorer.distribution(fresh[-1:], states, owner)[0]
                         row[position] = choose(log_probs)
                         fresh = row[position : position + 1]
                         bar.update()
