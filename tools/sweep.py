@@ -121,16 +121,20 @@ def format_table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], out: Path) -> None:
-    """Lower is better, further left is smaller, brighter is faster."""
+    """Lower is better, further left is smaller, or less work where all files have one size; brighter is faster."""
     figure, axes = import_pyplot().subplots(figsize=(7.5, 5), layout="constrained")
     sizes = [row.artifact_bytes / 1000 for row in rows]
-    for size, row in zip(sizes, rows):
+    has_one_size = len(rows) > 1 and max(sizes) < 1.01 * min(sizes)
+    places = [row.flops_per_token / 1e6 for row in rows] if has_one_size else sizes
+    for place, row in zip(places, rows):
         if len(row.runs) > 1:
-            axes.vlines(size, min(row.val_bpb_runs), max(row.val_bpb_runs), color=GREY, linewidth=1, zorder=2)
-            axes.scatter([size] * len(row.runs), row.val_bpb_runs, marker="_", color=GREY, s=60, linewidths=1, zorder=2)
+            axes.vlines(place, min(row.val_bpb_runs), max(row.val_bpb_runs), color=GREY, linewidth=1, zorder=2)
+            axes.scatter(
+                [place] * len(row.runs), row.val_bpb_runs, marker="_", color=GREY, s=60, linewidths=1, zorder=2
+            )
     speeds = [row.tokens_per_s for row in rows]
     marks = axes.scatter(
-        sizes,
+        places,
         [row.val_bpb for row in rows],
         c=speeds,
         cmap="cividis",
@@ -141,15 +145,17 @@ def draw(rows: list[Row], out: Path) -> None:
     )
     figure.colorbar(marks, label="training speed (tokens/s)", format="{x:,.0f}")
     axes.margins(0.18)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("thousand bytes of the artifact")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    of_one_size = f"million operations of a trained token; every file has about {mean(sizes):,.0f} thousand bytes"
+    axes.set_xlabel(of_one_size if has_one_size else "thousand bytes of the artifact")
     several = len(rows[0].runs) > 1
     axes.set_ylabel("bits per byte of validation text" + ", mean and each seed" * several)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GREY, alpha=0.2)
     axes.set_axisbelow(True)
-    seeds_at = [(size, score) for size, row in zip(sizes, rows) for score in row.val_bpb_runs if several]
-    name_points(axes, [(size, row.val_bpb) for size, row in zip(sizes, rows)], name_rows(rows), seeds_at, fontsize=9)
+    seeds_at = [(place, score) for place, row in zip(places, rows) for score in row.val_bpb_runs if several]
+    points = [(place, row.val_bpb) for place, row in zip(places, rows)]
+    name_points(axes, points, name_rows(rows), seeds_at, fontsize=9)
     save_picture(figure, out, dpi=150)
 
 
@@ -161,7 +167,9 @@ def name_rows(rows: list[Row]) -> list[str]:
         others = [find_options(r) for r in rows if r.plan == row.plan and r is not row]
         extra = sorted(option for option in own if not all(option in theirs for theirs in others))
         names.append("\n".join([row.plan, *extra]))
-    return names
+    # equal time is given as steps, which need no name unless nothing else tells two rows apart
+    short = [re.sub(r"\n--iterations \S+", "", name) for name in names]
+    return short if len(set(short)) == len(rows) else names
 
 
 def find_options(row: Row) -> set[str]:
