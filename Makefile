@@ -62,5 +62,5 @@ lock:
 	rm -rf .cache/lock
 
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis data/local runs
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis data/local data/heldout runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

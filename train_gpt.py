@@ -1106,6 +1106,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         means = [self.state[weight]["momentum"] for weight in weights]
         grads = [weight.grad for weight in weights if weight.grad is not None]
+        assert len(grads) == len(weights)
         torch._foreach_mul_(means, momentum)
         torch._foreach_add_(means, grads)
         return torch._foreach_add(grads, means, alpha=momentum)
@@ -1691,11 +1692,14 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
         ctx.log.line(
             f"# warning: the text is not the one that {config.recipe} is scored on: its score compares with no other"
         )
+    mask = build_mask(tokenizer.model, config, ctx)
+    if mask is not None:
+        mask.check_text(torch.from_numpy(tokens))
     return Validation(
         tokens=torch.from_numpy(tokens),
         counter=ByteCounter(tokenizer.model),
         identity=tokenizer.identity,
-        mask=build_mask(tokenizer.model, config, ctx),
+        mask=mask,
     )
 
 

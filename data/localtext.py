@@ -1,7 +1,7 @@
 """The offline corpus: English technical prose that is already on the machine, as a dataset folder.
 
     python -m data.localtext [--out data/local] [--vocab_size 2048] [--force]
-    python -m data.localtext --held_out --out data/heldout       to decide by: never tune on what is scored
+    python -m data.localtext --held_out [--out data/heldout]     to decide by: never tune on what is scored
 
 It takes documentation strings of more than 200 characters (of modules, classes and functions, and those that
 compiled functions are given by a call) and the help topics, of this Python's standard library and of every
@@ -288,16 +288,17 @@ def build_corpus(out: Path, sources: list[Source], key: dict) -> dict[str, dict[
     found = collect_documents(sources)
     documents = drop_near_duplicates(found)
     log("documents", found=len(found), kept=len(documents), dropped=len(found) - len(documents))
-    texts, val_fraction, vocab_size = [document.text for document in documents], VAL_FRACTION, key["vocab_size"]
+    name, val_fraction, vocab_size = "local", VAL_FRACTION, key["vocab_size"]
     if key["held_out"]:
-        texts = [text for text in texts if not is_validation(text, VAL_FRACTION)]
-        val_fraction = VAL_FRACTION + HELD_OUT_FRACTION
+        documents = [document for document in documents if not is_validation(document.text, VAL_FRACTION)]
+        name, val_fraction = "heldout", VAL_FRACTION + HELD_OUT_FRACTION
+    texts = [document.text for document in documents]
     with building(out, replace=True) as folder:
         training = [text for text in texts if not is_validation(text, val_fraction)]
         train_tokenizer(training, folder / TOKENIZER, vocab_size)
         log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(folder / TOKENIZER))
-        counts = encode_documents(texts, folder / TOKENIZER, folder, "local", val_fraction)
-        facts = {"name": "local", "vocab_size": vocab_size, "splits": counts}
+        counts = encode_documents(texts, folder / TOKENIZER, folder, name, val_fraction)
+        facts = {"name": name, "vocab_size": vocab_size, "splits": counts}
         write_manifest(folder, facts | {"sources": describe_sources(sources, documents), "key": key})
     return counts
 
@@ -332,11 +333,12 @@ def make_local(out: str, vocab_size: int, held_out: bool, force: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m data.localtext", description="Build the offline corpus from what is installed.")
-    parser.add_argument("--out", default="data/local", help="the dataset folder (data/local)")
+    parser.add_argument("--out", help="the dataset folder (data/local, or data/heldout with --held_out)")
     parser.add_argument("--vocab_size", type=positive, default=2048, help="pieces of the tokenizer (2048)")
     parser.add_argument("--held_out", action="store_true", help="score training documents instead, to decide by")
     parser.add_argument("--force", action="store_true", help="build it again even when it is there and valid")
     args = vars(parser.parse_args(argv))
+    args["out"] = args["out"] or ("data/heldout" if args["held_out"] else "data/local")
     with tidy_when_terminated():
         return run_program(lambda: make_local(**args))
 

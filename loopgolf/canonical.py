@@ -4,15 +4,20 @@
     log_probs = mask(previous, log_probs)                (n,), (n, V): of the token after each previous one
 
 What could never come next gets 2^-20 of the probability, shared evenly, so that a text that is spelled in another way
-still has a code. The mask is a function of the tokenizer and the previous token: it costs no bytes, sees nothing of
-the future, and distributions still sum to 1. (Canonical token masking: modded-nanogpt #350; arXiv 2506.07956.)
+still has a code. The mask is a function of the tokenizer and the previous token: it costs no bytes of the artifact,
+sees nothing of the future, and distributions still sum to 1. (Canonical token masking: modded-nanogpt #350; arXiv
+2506.07956.)
 
 BPE merges the best pair of neighbours until none is left, over a whole text. So `ab` is spelled a, b exactly if no
 merge ever joins something that ends in `a` with something that begins `b`. The merges within `a` and within `b` come in
 an order of their own; together they come as two sorted lists are merged. In every state on the way the last node of `a`
 and the first of `b` are neighbours, and the pair is impossible if they would be merged before what comes next.
 
-Only what is certain is forbidden. Pieces that stand for bytes follow the rules of UTF-8 and follow no others.
+Example: `▁the` is a piece and better than any pair with `e` in it. So `▁th` is never followed by `e`, for the two would
+have been merged.
+
+Pieces that stand for bytes follow the rules of UTF-8. All this holds for BPE without pieces that a user defined: a
+unigram model chooses its pieces by other rules. `check_text` finds out before anything is scored.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from loopgolf.errors import ConfigError
+
 FLOOR = 2.0**-20  # what all impossible tokens have together
 SPACE = "▁"
 
@@ -35,10 +42,22 @@ class CanonicalMask:
     """Takes the probability of what could never come next, and gives it to the rest."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, bos_id: int, device: torch.device):
+        if bos_id != tokenizer.bos_id():
+            raise ConfigError(f"bos_id={bos_id}: the tokenizer's is {tokenizer.bos_id()}; canonical=1 needs that one")
         self.allowed = torch.from_numpy(find_allowed_pairs(tokenizer, bos_id)).to(device)
 
     def __call__(self, previous: Tensor, log_probs: Tensor) -> Tensor:
         return mask_log_probs(log_probs, self.allowed[previous.to(self.allowed.device)])
+
+    def check_text(self, tokens: Tensor) -> None:
+        """That the tokenizer could have written this text: else it is not BPE, or has pieces that a user defined."""
+        tokens = tokens.long().to(self.allowed.device)
+        n_wrong = int((~self.allowed[tokens[:-1], tokens[1:]]).sum())
+        if n_wrong:
+            what = f"{n_wrong} of {len(tokens) - 1} pairs of the text are none that its tokenizer should write"
+            raise ConfigError(
+                f"canonical=1: {what}; leave it out, or make the tokens with BPE and no pieces of your own"
+            )
 
 
 def mask_log_probs(log_probs: Tensor, allowed: Tensor) -> Tensor:
@@ -61,6 +80,8 @@ def find_allowed_pairs(tokenizer: sentencepiece.SentencePieceProcessor, bos_id: 
     is_piece = np.isin(np.arange(size), list(merges.ids.values()))
     is_byte = np.array([tokenizer.is_byte(i) for i in range(size)])
     never = ~is_piece & ~is_byte
+    if not is_byte.any():
+        never[tokenizer.unk_id()] = False  # stands for what has no piece
     never[merges.unreachable] = True
     never[bos_id] = False
     forbid_broken_characters(allowed, tokenizer, is_byte)

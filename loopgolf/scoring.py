@@ -28,7 +28,6 @@ from loopgolf.runtime import RunContext
 
 OnPass = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
 Lora = Mapping[str, Mapping[str, Adapter]]  # adapters by block and layer
-Mask = Callable[[Tensor, Tensor], Tensor]  # previous tokens (n,), log-probabilities (n, V): what holds after them
 Track = list[list["Window"]]  # chunks of windows
 
 
@@ -90,6 +89,16 @@ class Model(Protocol):
     def eval(self) -> Any: ...
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Any: ...
+
+
+class Mask(Protocol):
+    """What a tokenizer rules out."""
+
+    def __call__(self, previous: Tensor, log_probs: Tensor) -> Tensor:
+        """Log-probabilities (n, V) after tokens `previous` (n,), without what can never come next."""
+
+    def check_text(self, tokens: Tensor) -> None:
+        """Refuses a text in which something stands that the mask rules out."""
 
 
 class Meter(Protocol):

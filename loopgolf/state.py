@@ -51,7 +51,8 @@ class MasterWeights:
                 sums.append(self.grad(name))
                 terms.append(parameter.grad)
                 parameter.grad = None
-        torch._foreach_add_(sums, terms)
+        if terms:
+            torch._foreach_add_(sums, terms)
 
     def grad(self, name: str) -> Tensor:
         """The piece of the flat gradient that belongs to a weight."""

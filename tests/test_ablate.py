@@ -8,17 +8,18 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, clean_environment, tiny_options
 
 from tools import ablate
-from tools.ablate import Change, Effect, Ledger, Row, Run, Table
+from tools.ablate import Change, Effect, Ledger, Row, Run, Speed
 
 TABLE = """
 [baseline]
-options = "--recipe pocket --iterations 100"
+options = "--recipe pocket --iterations 100 --data_path DATA"
 seeds = [1, 2, 3, 4, 5]
 [[row]]
 name = "louder"
@@ -35,7 +36,7 @@ published_mb = -1
 
 def write_table(folder: Path, text: str = TABLE) -> Path:
     path = folder / "table.toml"
-    path.write_text(text)
+    path.write_text(text.replace("DATA", str(folder)))
     return path
 
 
@@ -62,6 +63,12 @@ def test_a_table_is_read(tmp_path):
         ("--mlp_mult 4", "--mlp_mutl 4", "mlp_mult"),
         ("published_mb = -1", "publihsed = -1", "not a table"),
         ("[[row]]", "[[row", "not a table"),
+        ('options = "--mlp_mult 4"', 'options = "--softcap 20"', "another row is the same change"),
+        ('options = "--mlp_mult 4"', 'options = "--seed 4"', "--seed is not for a row"),
+        ('options = "--mlp_mult 4"', "options = 5", "a text is needed"),
+        ('options = "--mlp_mult 4"', 'options = "--mlp_mult \'4"', "No closing quotation"),
+        ("published_mb = -1", 'published_mb = "much"', "not a table"),
+        ("DATA", "gone", "no data set there"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line(tmp_path, capsys, old, new, fault):
@@ -78,7 +85,12 @@ def ledger(tmp_path) -> Ledger:
 def invent(ledger: Ledger, change: Change, seed: int, iterations: int, threads: int) -> Run:
     """A score that the seed moves by tenths, "louder" by exactly 4 mb and "wider" by nothing that can be told."""
     shift = {"louder": 0.004, "wider": 0.001 * (-1) ** seed}.get(change.name, 0.0)
-    return ledger.make(change, seed, iterations, val_bpb=2 + seed / 10 + shift + (iterations - 100) / 1000)
+    return make_run(ledger, change, seed, iterations, 2 + seed / 10 + shift + (iterations - 100) / 1000)
+
+
+def make_run(ledger: Ledger, change: Change, seed: int, iterations: int, val_bpb: float) -> Run:
+    digest = ledger.digest(change)
+    return Run(change.name, digest, ledger.commit, ledger.cpu, seed, iterations, val_bpb, artifact_bytes=1, train_s=1.0)
 
 
 def test_seeds_are_added_until_an_effect_is_resolved(ledger, monkeypatch):
@@ -102,22 +114,37 @@ def test_equal_time_is_steps_times_the_ratio_of_speeds(ledger, monkeypatch):
     monkeypatch.setattr(ablate, "run_one", invent)
     monkeypatch.setattr(ablate, "prepare_tree", lambda *given: Path())
     louder = ledger.table.changes[0]
-    ledger.add(ledger.make(louder, 0, 0, speed=1.25, speeds=[1.2, 1.25, 1.3]))
-    ablate.resolve(ledger, {"louder": ablate.equal_time_steps(ledger.table, ledger.find(louder, 0, 0))}, jobs=1)
+    ledger.add(Speed("louder", ledger.digest(louder), ledger.commit, ledger.cpu, 1.25, [1.2, 1.25, 1.3]))
+    ablate.resolve(ledger, {"louder": ablate.equal_time_steps(ledger.table, ledger.find_speed(louder))}, jobs=1)
     row = ablate.read_rows(ledger, [louder])[0]
     assert row.at_steps is None and row.at_time.mb == pytest.approx(4 + 25)
-    assert {r.iterations for r in ledger.runs if r.row == "louder"} == {0, 125}
+    assert {r.iterations for r in ledger.runs if r.row == "louder"} == {125}
+    assert Ledger(ledger.table, "c0ffee", "a cpu").find_speed(louder).turns == [1.2, 1.25, 1.3]
+    assert not ablate.has_one_speed(ledger.table, Change("late", options="--plan a(b)*2c --loop_start 0.5"))
+
+
+def test_what_has_finished_is_kept_when_another_run_fails(ledger, monkeypatch):
+    def fail_one(ledger: Ledger, change: Change, seed: int, iterations: int, threads: int) -> Run:
+        if seed == 1:
+            raise ablate.RunError("seed 1 diverged")
+        return invent(ledger, change, seed, iterations, threads)
+
+    monkeypatch.setattr(ablate, "run_one", fail_one)
+    monkeypatch.setattr(ablate, "prepare_tree", lambda *given: Path())
+    with pytest.raises(ablate.RunError, match="seed 1 diverged"):
+        ablate.resolve(ledger, {"louder": 100}, jobs=2)
+    assert sorted((r.row, r.seed) for r in ledger.runs) == [(n, s) for n in ("baseline", "louder") for s in (2, 3)]
 
 
 def test_other_commits_cpus_options_and_patches_are_never_paired(ledger, tmp_path):
     change = ledger.table.changes[0]
-    ledger.add(ledger.make(change, 1, 100, val_bpb=2.0))
+    ledger.add(make_run(ledger, change, 1, 100, 2.0))
     table = ledger.table
     assert Ledger(table, "c0ffee", "a cpu").find(change, 1, 100)
     assert not Ledger(table, "c0ffee", "another cpu").find(change, 1, 100)
     assert not Ledger(table, "decaf", "a cpu").find(change, 1, 100)
-    other = Table(table.path, [*table.options, "--wd=1"], table.iterations, table.seeds, table.changes)
-    assert not Ledger(other, "c0ffee", "a cpu").find(change, 1, 100)
+    for other in (replace(table, options=[*table.options, "--warmdown=1"]), replace(table, data_digest="other text")):
+        assert not Ledger(other, "c0ffee", "a cpu").find(change, 1, 100)
     digests = set()
     for content in ("a", "b"):
         (tmp_path / "x.patch").write_text(content)

@@ -23,6 +23,7 @@ import train_gpt
 from data.shards import TokenStream
 from data.tokenizer import encode_document, train_tokenizer
 from loopgolf.canonical import FLOOR, CanonicalMask, find_allowed_pairs, mask_log_probs
+from loopgolf.errors import ConfigError
 from loopgolf.scoring import ByteCounter
 from tools import codec
 from tools.audit import audit
@@ -87,6 +88,21 @@ def test_what_stands_after_bos_and_within_a_character(own_tokenizer, allowed):
     assert not allowed[letter, byte[ord("e")]], "it has a piece"
     assert not allowed[:, own_tokenizer.unk_id()].any() and not allowed[:, own_tokenizer.eos_id()].any()
     assert allowed[letter, 1] and allowed[1, 1]
+
+
+def test_tokenizers_of_another_kind_are_refused(documents, tmp_path):
+    """By the text that they write; a BOS of another number by itself."""
+    common = dict(
+        sentence_iterator=iter(documents), vocab_size=400, byte_fallback=True, minloglevel=2, num_threads=1,
+        model_prefix=str(tmp_path / "other"),
+    )  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(**common, model_type="unigram", hard_vocab_limit=False)
+    other = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "other.model"))
+    mask = CanonicalMask(other, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="pairs of the text are none that its tokenizer should write"):
+        mask.check_text(torch.tensor([1, *other.encode(documents[0])]))
+    with pytest.raises(ConfigError, match="bos_id=2: the tokenizer's is 1"):
+        CanonicalMask(other, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

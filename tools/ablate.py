@@ -19,8 +19,10 @@ TABLE.toml has the baseline, its seeds in the order in which they are used, and 
 Every run is made of the commit that is checked out, in a tree of its own, and adds a line to TABLE.runs.jsonl with
 commit and CPU; runs of other commits or CPUs are never paired. Seeds are added, three at first, until the mean effect
 is beyond two standard errors or none is left. Equal time is the baseline's steps times the ratio of step times,
-measured in turns (A B A B), alone on the machine. After Ctrl-C, type the same line again: what is there is not run
-twice. An effect below 0 is an improvement.
+measured in turns (A B A B); a change whose speed is another one during the run (--loop_start, --sample_depth) has none.
+Three seeds are few: a change that does nothing passes two standard errors in one case of five, and in one of three when
+seeds are added ten times; what matters is run again with other seeds. After Ctrl-C, type the same line again: what is
+there is not run twice. An effect below 0 is an improvement. The trees are in .cache/ablate and may be deleted.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import train_gpt
+from data.folder import positive
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 from tools.lib.runlog import RunError, read_result
@@ -58,6 +61,7 @@ TREES = ROOT / ".cache" / "ablate"
 FIRST_SEEDS = 3
 TURNS = 3  # of both sides, when speeds are compared
 VERDICTS = ("helps", "hurts", "neither")
+OURS = ("seed", "iterations", "run_id", "resume", "score", "dry_run")  # settings that a row cannot have
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Table:
     iterations: int
     seeds: list[int]
     changes: list[Change]
+    data_digest: str
 
     @property
     def runs_path(self) -> Path:
@@ -95,27 +100,78 @@ def read_table(path: Path) -> Table:
         baseline, rows = content["baseline"], content.get("row", [])
         options = shlex.split(baseline["options"])
         seeds = [int(seed) for seed in baseline["seeds"]]
-        changes = [Change(**{"kind" if key == "class" else key: row[key] for key in row}) for row in rows]
+        changes = [read_change(row) for row in rows]
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: not a table ({error}); see --help for its form") from None
-    names = [change.name for change in changes]
-    for change in changes:
-        if names.count(change.name) > 1 or change.name == "baseline":
-            raise RunError(f"{path}: {change.name!r}: every row needs a name of its own")
-        if bool(change.options) == bool(change.patch):
-            raise RunError(f"{path}: {change.name!r} needs either options or a patch")
-        if change.patch and not (path.parent / change.patch).is_file():
-            raise RunError(f"{path}: {change.name!r}: {path.parent / change.patch} is not there")
-        if change.predict and change.predict not in VERDICTS:
-            raise RunError(f"{path}: {change.name!r}: predict is one of {', '.join(VERDICTS)}")
-        train_gpt.parse_config([*options, *shlex.split(change.options)], {})
     config, _ = train_gpt.parse_config(options, {})
     if not config.iterations or len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise RunError(f"{path}: the baseline needs --iterations and at least two seeds, each only once")
-    # runs are made elsewhere
-    return Table(path, [*options, f"--data_path={Path(config.data_path).resolve()}"], config.iterations, seeds, changes)
+    names, same = [change.name for change in changes], [(change.options, change.patch) for change in changes]
+    for change in changes:
+        if names.count(change.name) > 1 or change.name == "baseline":
+            raise RunError(f"{path}: {change.name!r}: every row needs a name of its own")
+        if same.count((change.options, change.patch)) > 1:
+            raise RunError(f"{path}: {change.name!r}: another row is the same change")
+        check_change(path, change, options)
+    data = Path(config.data_path).resolve()
+    return Table(
+        path=path,
+        options=[*options, f"--data_path={data}"],  # runs are made elsewhere
+        iterations=config.iterations,
+        seeds=seeds,
+        changes=[replace(change, options=resolve_paths(change.options, options)) for change in changes],
+        data_digest=describe_data(data),
+    )
+
+
+def read_change(row: dict[str, Any]) -> Change:
+    change = Change(**{"kind" if key == "class" else key: row[key] for key in row})
+    words = (change.name, change.options, change.patch, change.predict, change.kind, change.source)
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError(f"row {change.name!r}: a text is needed")
+    published = change.published_mb
+    return replace(change, published_mb=None if published is None else float(published))
+
+
+def check_change(path: Path, change: Change, options: list[str]) -> None:
+    if bool(change.options) == bool(change.patch):
+        raise RunError(f"{path}: {change.name!r} needs either options or a patch")
+    if change.patch and not (path.parent / change.patch).is_file():
+        raise RunError(f"{path}: {change.name!r}: {path.parent / change.patch} is not there")
+    if change.predict and change.predict not in VERDICTS:
+        raise RunError(f"{path}: {change.name!r}: predict is one of {', '.join(VERDICTS)}")
+    try:
+        own = shlex.split(change.options)
+    except ValueError as error:
+        raise RunError(f"{path}: {change.name!r}: {error}") from None
+    config, _ = train_gpt.parse_config([*options, *own], {})
+    base, _ = train_gpt.parse_config(options, {})
+    given = [name for name in OURS if getattr(config, name) != getattr(base, name)]
+    if given:
+        raise RunError(f"{path}: {change.name!r}: --{given[0]} is not for a row; the table sets it")
+
+
+def resolve_paths(text: str, options: list[str]) -> str:
+    """The options of a row with the whole path of its data, where that is another one."""
+    own = shlex.split(text)
+    config, _ = train_gpt.parse_config([*options, *own], {})
+    base, _ = train_gpt.parse_config(options, {})
+    for name in ("data_path", "tokenizer_path"):
+        if getattr(config, name) != getattr(base, name):
+            own.append(f"--{name}={Path(getattr(config, name)).resolve()}")
+    return shlex.join(own)
+
+
+def describe_data(folder: Path) -> str:
+    """A digest that changes with the data set."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no data set there; python -m data.localtext --held_out builds data/heldout")
+    sizes = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.bin"))]
+    tokenizer = folder / "tokenizer.model"
+    content = tokenizer.read_bytes() if tokenizer.is_file() else b""
+    return hashlib.sha256(repr(sizes).encode() + content).hexdigest()
 
 
 # --- what has been run ------------------------------------------------------------------------------------------------
@@ -123,7 +179,7 @@ def read_table(path: Path) -> Table:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run, or one comparison of speeds (`iterations` 0, `seed` 0)."""
+    """A finished run."""
 
     row: str
     digest: str  # of what was run, without seed and steps
@@ -131,11 +187,21 @@ class Run:
     cpu: str
     seed: int
     iterations: int
-    val_bpb: float = math.nan
-    artifact_bytes: int = 0
-    train_s: float = 0.0
-    speed: float = 0.0  # times that of the baseline
-    speeds: list[float] = field(default_factory=list)
+    val_bpb: float
+    artifact_bytes: int
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as the baseline a step of a change is: the median over turns, and each."""
+
+    row: str
+    digest: str
+    commit: str
+    cpu: str
+    ratio: float
+    turns: list[float] = field(default_factory=list)
 
 
 def describe_cpu() -> str:
@@ -153,22 +219,33 @@ class Ledger:
     def __init__(self, table: Table, commit: str, cpu: str):
         self.table, self.commit, self.cpu = table, commit, cpu
         self.runs: list[Run] = []
+        self.speeds: list[Speed] = []
         if table.runs_path.is_file():
             for number, line in enumerate(table.runs_path.read_text().splitlines(), 1):
                 try:
-                    run = Run(**json.loads(line))
+                    content = json.loads(line)
+                    self.remember(Speed(**content) if "ratio" in content else Run(**content))
                 except (ValueError, TypeError):
                     raise RunError(f"{table.runs_path}, line {number}: not a run; remove that line") from None
-                if (run.commit, run.cpu) == (commit, cpu):
-                    self.runs.append(run)
 
-    def add(self, run: Run) -> None:
+    def remember(self, found: Run | Speed) -> None:
+        if (found.commit, found.cpu) == (self.commit, self.cpu):
+            (self.runs if isinstance(found, Run) else self.speeds).append(found)  # type: ignore[arg-type]
+
+    def add(self, found: Run | Speed) -> None:
         with self.table.runs_path.open("a") as file:
-            file.write(json.dumps(asdict(run)) + "\n")
-        self.runs.append(run)
+            file.write(json.dumps(asdict(found)) + "\n")
+        self.remember(found)
 
     def digest(self, change: Change) -> str:
-        text = json.dumps([self.table.options, change.options]).encode() + self.table.patch_of(change)
+        facts = [
+            self.table.options,
+            change.options,
+            self.table.data_digest,
+            platform.python_version(),
+            torch.__version__,
+        ]
+        text = json.dumps(facts).encode() + self.table.patch_of(change)
         return hashlib.sha256(text).hexdigest()[:12]
 
     def find(self, change: Change, seed: int, iterations: int) -> Run | None:
@@ -176,8 +253,9 @@ class Ledger:
         same = [r for r in self.runs if (r.digest, r.seed, r.iterations) == (digest, seed, iterations)]
         return same[-1] if same else None
 
-    def make(self, change: Change, seed: int, iterations: int, **found: Any) -> Run:
-        return Run(change.name, self.digest(change), self.commit, self.cpu, seed, iterations, **found)
+    def find_speed(self, change: Change) -> Speed | None:
+        same = [speed for speed in self.speeds if speed.digest == self.digest(change)]
+        return same[-1] if same else None
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -218,7 +296,9 @@ def prepare_tree(table: Table, change: Change, commit: str) -> Path:
 
 def call(folder: Path, arguments: list[str], threads: int) -> str:
     """The output of a program of that tree."""
-    environ = os.environ | dict(OMP_NUM_THREADS=str(threads), TORCHINDUCTOR_CACHE_DIR=str(TREES / "inductor"))
+    settings = {f.name.upper() for f in fields(train_gpt.Config)}  # those of the shell would get into every run
+    environ = {name: value for name, value in os.environ.items() if name not in settings}
+    environ |= dict(OMP_NUM_THREADS=str(threads), TORCHINDUCTOR_CACHE_DIR=str(TREES / "inductor"))
     first_call = tie_to_parent if sys.platform == "linux" else None
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True, preexec_fn=first_call,
@@ -240,10 +320,17 @@ def run_one(ledger: Ledger, change: Change, seed: int, iterations: int, threads:
     call(folder, ["train_gpt.py", *table.options, *shlex.split(change.options), *own], threads)
     result = read_result(run_folder)
     shutil.rmtree(run_folder)
-    return ledger.make(
-        change, seed, iterations, val_bpb=float(result["val_bpb"]), artifact_bytes=int(result["artifact_bytes"]),
+    return Run(
+        row=change.name,
+        digest=ledger.digest(change),
+        commit=ledger.commit,
+        cpu=ledger.cpu,
+        seed=seed,
+        iterations=iterations,
+        val_bpb=float(result["val_bpb"]),
+        artifact_bytes=int(result["artifact_bytes"]),
         train_s=float(result["train_s"]),
-    )  # fmt: skip
+    )
 
 
 def run_missing(ledger: Ledger, wanted: Iterable[tuple[Change, int, int]], jobs: int) -> None:
@@ -251,16 +338,24 @@ def run_missing(ledger: Ledger, wanted: Iterable[tuple[Change, int, int]], jobs:
     for change, _, _ in missing:
         prepare_tree(ledger.table, change, ledger.commit)  # one at a time: git locks
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    failures: list[RunError] = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_one, ledger, *key, threads) for key in missing]
         try:
-            for future in futures:
-                ledger.add(found := future.result())
+            for future in as_completed(futures):
+                try:
+                    found = future.result()
+                except RunError as error:
+                    failures.append(error)
+                    note(str(error))
+                    continue
+                ledger.add(found)
                 note(f"{found.row}, seed {found.seed}, {found.iterations} steps: {found.val_bpb:.5f}")
-        except BaseException:
+        finally:
             for future in futures:
                 future.cancel()
-            raise
+    if failures:
+        raise failures[0]
 
 
 def note(text: str) -> None:
@@ -268,8 +363,8 @@ def note(text: str) -> None:
     print(f"# {text}", file=sys.stderr, flush=True)
 
 
-def compare_speeds(ledger: Ledger, change: Change, steps: int) -> Run:
-    """How many times as fast as the baseline, in turns; each turn is a process, for a patch is other code."""
+def compare_speeds(ledger: Ledger, change: Change, steps: int, threads: int) -> Speed:
+    """In turns; each turn is a process, for a patch is other code."""
     sides = [Change("baseline"), change]
     ratios = []
     for _ in range(TURNS):
@@ -277,14 +372,18 @@ def compare_speeds(ledger: Ledger, change: Change, steps: int) -> Run:
         for side in sides:
             folder = prepare_tree(ledger.table, side, ledger.commit)
             options = [*ledger.table.options, *shlex.split(side.options)]
-            text = call(
-                folder, ["-m", "tools.bench", f"--steps={steps}", "--json", "--", *options], os.cpu_count() or 1
-            )
-            found = json.loads(text)["step"]
-            step_ms.append(found["step_ms"] / found["batch_tokens"])
+            text = call(folder, ["-m", "tools.bench", f"--steps={steps}", "--json", "--", *options], threads)
+            step_ms.append(json.loads(text)["step"]["step_ms"])
         ratios.append(step_ms[0] / step_ms[1])
-    note(f"{change.name}: {statistics.median(ratios):.3f} times as fast as the baseline")
-    return ledger.make(change, 0, 0, speed=statistics.median(ratios), speeds=ratios)
+    ratio = statistics.median(ratios)
+    note(f"{change.name}: {ratio:.3f} times as fast as the baseline")
+    return Speed(change.name, ledger.digest(change), ledger.commit, ledger.cpu, ratio, ratios)
+
+
+def has_one_speed(table: Table, change: Change) -> bool:
+    """Whether a step takes the same time from the first to the last."""
+    config, _ = train_gpt.parse_config([*table.options, *shlex.split(change.options)], {})
+    return config.loop_start == 0 and not config.sample_depth
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -342,18 +441,18 @@ class Row:
 
     change: Change
     at_steps: Effect | None
-    speed: Run | None
+    speed: Speed | None
     at_time: Effect | None
 
 
-def equal_time_steps(table: Table, speed: Run) -> int:
-    return round(table.iterations * speed.speed)
+def equal_time_steps(table: Table, speed: Speed) -> int:
+    return round(table.iterations * speed.ratio)
 
 
 def read_rows(ledger: Ledger, changes: list[Change]) -> list[Row]:
     table, rows = ledger.table, []
     for change in changes:
-        speed = ledger.find(change, 0, 0)
+        speed = ledger.find_speed(change)
         at_time = measure_effect(ledger, change, equal_time_steps(table, speed), table.seeds) if speed else None
         rows.append(Row(change, measure_effect(ledger, change, table.iterations, table.seeds), speed, at_time))
     return rows
@@ -377,7 +476,7 @@ def format_table(rows: list[Row]) -> str:
     lines = [headings]
     for row in rows:
         published = "-" if row.change.published_mb is None else f"{row.change.published_mb:+.1f}"
-        speed = f"{row.speed.speed:.3f}" if row.speed else "-"
+        speed = f"{row.speed.ratio:.3f}" if row.speed else "-"
         steps, time = row.at_steps, row.at_time
         lines.append(
             (
@@ -414,6 +513,13 @@ def draw(rows: list[Row], out: Path) -> None:
     """Left is better; a bar is two standard errors, a ring what was published at full scale."""
     rows = [row for row in rows if row.at_steps]
     figure, axes = import_pyplot().subplots(figsize=(8, 1.2 + 0.34 * len(rows)), layout="constrained")
+    named: set[str] = set()
+
+    def name_once(label: str) -> str | None:
+        is_new = label not in named
+        named.add(label)
+        return label if is_new else None
+
     for at, row in enumerate(rows):
         for effect, shift, color, label in (
             (row.at_steps, -0.12, "#1f4e8c", "equal steps"),
@@ -421,10 +527,10 @@ def draw(rows: list[Row], out: Path) -> None:
         ):
             if effect:
                 axes.errorbar(effect.mb, at + shift, xerr=2 * effect.error, fmt="o", color=color, markersize=4,
-                              capsize=2, label=label if at == 0 else None)  # fmt: skip
+                              capsize=2, label=name_once(label))  # fmt: skip
         if row.change.published_mb is not None:
             axes.plot(row.change.published_mb, at, "o", markersize=9, markerfacecolor="none", color=GREY,
-                      label="published" if at == 0 else None)  # fmt: skip
+                      label=name_once("published"))  # fmt: skip
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row.change.name for row in rows])
     axes.invert_yaxis()
@@ -448,12 +554,12 @@ def run(args: argparse.Namespace) -> None:
     changes = [change for change in table.changes if not args.rows or change.name in args.rows]
     ledger = Ledger(table, find_commit(), describe_cpu())
     if not args.show:
-        if not args.steps_only:
-            for change in changes:
-                if ledger.find(change, 0, 0) is None:
-                    ledger.add(compare_speeds(ledger, change, args.bench_steps))
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        for change in [] if args.steps_only else changes:
+            if has_one_speed(table, change) and ledger.find_speed(change) is None:
+                ledger.add(compare_speeds(ledger, change, args.bench_steps, threads))
         resolve(ledger, {change.name: table.iterations for change in changes}, args.jobs)
-        speeds = {change.name: ledger.find(change, 0, 0) for change in changes}
+        speeds = {change.name: ledger.find_speed(change) for change in changes}
         resolve(ledger, {name: equal_time_steps(table, speed) for name, speed in speeds.items() if speed}, args.jobs)
     if not find_baseline(ledger, table.seeds[0]):
         raise RunError(f"{table.runs_path}: no run of this commit on this CPU; leave --show out")
@@ -470,9 +576,11 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m tools.ablate", description=__doc__)
     parser.add_argument("table", type=Path, metavar="TABLE", help="a .toml file in the form above")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows [all]")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores [1]")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs at a time, which share the cores [1]"
+    )
     parser.add_argument("--steps_only", action="store_true", help="equal steps only, and no speeds")
-    parser.add_argument("--bench_steps", type=int, default=20, metavar="N", help="steps in a turn of a speed [20]")
+    parser.add_argument("--bench_steps", type=positive, default=20, metavar="N", help="steps in a turn of a speed [20]")
     parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw it as well: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
