@@ -23,7 +23,7 @@ NOT_RUN = {
     r"make ": "make run takes minutes, and the tests are make test",
     r"-m data\.fineweb": "needs a network, tested in test_fineweb.py",
     r"torchrun .*--nproc_per_node=8|--nproc 8": "needs eight GPUs",
-    r"-m venv|^source |^cd |^export |^git |^ls |^head |^curl ": "the reader's shell",
+    r"-m venv|bin/pip |^source |^cd |^export |^git |^ls |^head |^curl |^'\['": "the reader's shell",
     r"-m tools\.record": "a record of whole runs takes minutes, tested in test_record.py",
     r"-m tools\.audit": "hundreds of passes, tested in test_audit.py",
     r"-m tools\.ablate": "makes runs of a commit, tested in test_ablate.py",
@@ -32,7 +32,7 @@ NOT_RUN = {
     r"^python -c": "the reader's text, made below",
 }
 # what a reader's names stand for
-NAMES = {"runs/ID": "runs/ID", "runs/A": "runs/A", "runs/B": "runs/B", "runs/C": "runs/C"}
+NAMES = {"$STEPS": "3"}
 NAMES |= {f"runs/pocket-seed{seed}": f"runs/{name}" for seed, name in ((1337, "A"), (42, "B"), (2024, "C"))}
 SETTINGS = TINY | dict(model_dim=16, num_heads=1, rope_dims=4, text_sha256="", eval_budget=100.0, iterations=2)
 
