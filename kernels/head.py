@@ -55,8 +55,7 @@ class LossInBlocks(torch.autograd.Function):
         return torch.cat(losses).mean()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad,) = grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x_grad, weight_grad = ctx.saved_tensors
         return x_grad * grad, (weight_grad * grad).to(x_grad.dtype), None, None
 

@@ -144,29 +144,43 @@ class Merges:
         ]
 
 
-def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
-    ends = group_states(merges, "last")
-    begins = group_states(merges, "first")
-    for piece, rank in merges.ranks.items():
-        for at in range(1, len(piece)):
-            left, right = ends.get(merges.ids.get(piece[:at], -1)), begins.get(merges.ids.get(piece[at:], -1))
-            if left is None or right is None:
-                continue
-            # the merge across comes before the next one of either side; of equal ones the left comes first
-            left, right = left[left[:, 1] > rank, None], right[right[:, 1] >= rank]
-            # both sides are in these states at once
-            is_state = (left[..., 2] <= right[:, 3]) & (right[:, 2] < left[..., 3])
-            rows, columns = np.nonzero(is_state)
-            allowed[left[rows, 0, 0].astype(int), right[columns, 0].astype(int)] = False
+class EndStates(NamedTuple):
+    """All states of all pieces that have one node at one end, as columns."""
+
+    pieces: np.ndarray
+    next_ranks: np.ndarray
+    levels: np.ndarray
+    next_levels: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> EndStates:
+        return EndStates(*(column[chosen] for column in self))
 
 
-def group_states(merges: Merges, end: str) -> dict[int, np.ndarray]:
-    """By the node at one end: (piece, next rank, level, next level) of the states that have it there."""
+def group_states(merges: Merges, end: str) -> dict[int, EndStates]:
+    """The states by the node at an end, `first` or `last`."""
     found: dict[int, list[tuple[int, float, float, float]]] = defaultdict(list)
-    for i, states in merges.states.items():
+    for piece, states in merges.states.items():
         for state in states:
-            found[getattr(state, end)].append((i, state.next_rank, state.level, state.next_level))
-    return {node: np.array(rows) for node, rows in found.items()}
+            found[getattr(state, end)].append((piece, state.next_rank, state.level, state.next_level))
+    return {node: EndStates(*map(np.array, zip(*rows))) for node, rows in found.items()}
+
+
+def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
+    ends, begins = group_states(merges, "last"), group_states(merges, "first")
+    for joined, rank in merges.ranks.items():
+        for at in range(1, len(joined)):
+            left_node, right_node = merges.ids.get(joined[:at]), merges.ids.get(joined[at:])
+            if left_node not in ends or right_node not in begins:
+                continue
+            left, right = ends[left_node], begins[right_node]
+            # the merge across comes before the next one of either side; of equal ones the left comes first
+            left = left.take(left.next_ranks > rank)
+            right = right.take(right.next_ranks >= rank)
+            # both sides are in these states at once: neither is ahead of what the other does next
+            at_once = left.levels[:, None] <= right.next_levels
+            at_once &= right.levels < left.next_levels[:, None]
+            rows, columns = np.nonzero(at_once)
+            allowed[left.pieces[rows], right.pieces[columns]] = False
 
 
 def forbid_broken_characters(

@@ -15,7 +15,11 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_options
 
 from tools import ablate
-from tools.ablate import Change, Effect, Ledger, Row, Run, Speed
+from tools.ablation import effects
+from tools.ablation.effects import Effect, Row
+from tools.ablation.ledger import Ledger, Run, Speed
+from tools.ablation.table import Change, read_table
+from tools.lib.runlog import RunError
 
 TABLE = """
 [baseline]
@@ -41,7 +45,7 @@ def write_table(folder: Path, text: str = TABLE) -> Path:
 
 
 def test_a_table_is_read(tmp_path):
-    table = ablate.read_table(write_table(tmp_path))
+    table = read_table(write_table(tmp_path))
     louder, wider = table.changes
     assert (table.iterations, table.seeds) == (100, [1, 2, 3, 4, 5])
     assert (louder.kind, louder.predict, louder.published_mb) == ("loss", "hurts", 5.4)
@@ -79,7 +83,7 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, capsys, old, new, fault):
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
-    return Ledger(ablate.read_table(write_table(tmp_path)), "c0ffee", "a cpu")
+    return Ledger(read_table(write_table(tmp_path)), "c0ffee", "a cpu")
 
 
 def invent(ledger: Ledger, change: Change, seed: int, iterations: int, threads: int) -> Run:
@@ -100,7 +104,7 @@ def test_seeds_are_added_until_an_effect_is_resolved(ledger, monkeypatch):
     ablate.resolve(ledger, {"louder": 100, "wider": 100}, jobs=2)
     runs = {name: sorted(r.seed for r in ledger.runs if r.row == name) for name in ("baseline", "louder", "wider")}
     assert runs == {"baseline": [1, 2, 3, 4, 5], "louder": [1, 2, 3], "wider": [1, 2, 3, 4, 5]}
-    louder, wider = ablate.read_rows(ledger, table.changes)
+    louder, wider = effects.read_rows(ledger, table.changes)
     assert louder.at_steps.mb == pytest.approx(4.0) and louder.at_steps.verdict == "hurts", "paired, seeds cancel"
     assert wider.at_steps.verdict == "not resolved" and louder.at_time is None
 
@@ -115,8 +119,8 @@ def test_equal_time_is_steps_times_the_ratio_of_speeds(ledger, monkeypatch):
     monkeypatch.setattr(ablate, "prepare_tree", lambda *given: Path())
     louder = ledger.table.changes[0]
     ledger.add(Speed("louder", ledger.digest(louder), ledger.commit, ledger.cpu, 1.25, [1.2, 1.25, 1.3]))
-    ablate.resolve(ledger, {"louder": ablate.equal_time_steps(ledger.table, ledger.find_speed(louder))}, jobs=1)
-    row = ablate.read_rows(ledger, [louder])[0]
+    ablate.resolve(ledger, {"louder": effects.equal_time_steps(ledger.table, ledger.find_speed(louder))}, jobs=1)
+    row = effects.read_rows(ledger, [louder])[0]
     assert row.at_steps is None and row.at_time.mb == pytest.approx(4 + 25)
     assert {r.iterations for r in ledger.runs if r.row == "louder"} == {125}
     assert Ledger(ledger.table, "c0ffee", "a cpu").find_speed(louder).turns == [1.2, 1.25, 1.3]
@@ -126,12 +130,12 @@ def test_equal_time_is_steps_times_the_ratio_of_speeds(ledger, monkeypatch):
 def test_what_has_finished_is_kept_when_another_run_fails(ledger, monkeypatch):
     def fail_one(ledger: Ledger, change: Change, seed: int, iterations: int, threads: int) -> Run:
         if seed == 1:
-            raise ablate.RunError("seed 1 diverged")
+            raise RunError("seed 1 diverged")
         return invent(ledger, change, seed, iterations, threads)
 
     monkeypatch.setattr(ablate, "run_one", fail_one)
     monkeypatch.setattr(ablate, "prepare_tree", lambda *given: Path())
-    with pytest.raises(ablate.RunError, match="seed 1 diverged"):
+    with pytest.raises(RunError, match="seed 1 diverged"):
         ablate.resolve(ledger, {"louder": 100}, jobs=2)
     assert sorted((r.row, r.seed) for r in ledger.runs) == [(n, s) for n in ("baseline", "louder") for s in (2, 3)]
 
@@ -154,24 +158,24 @@ def test_other_commits_cpus_options_and_patches_are_never_paired(ledger, tmp_pat
 
 def test_a_broken_ledger_is_named(ledger, capsys):
     ledger.table.runs_path.write_text("{}\n")
-    with pytest.raises(ablate.RunError, match="line 1: not a run"):
+    with pytest.raises(RunError, match="line 1: not a run"):
         Ledger(ledger.table, "c0ffee", "a cpu")
 
 
 def test_verdicts_and_signs():
-    effects = {"hurts": Effect(3.0, 1.0, 3), "helps": Effect(-3.0, 1.0, 3), "not resolved": Effect(1.9, 1.0, 3)}
-    assert all(effect.verdict == verdict for verdict, effect in effects.items())
+    found = {"hurts": Effect(3.0, 1.0, 3), "helps": Effect(-3.0, 1.0, 3), "not resolved": Effect(1.9, 1.0, 3)}
+    assert all(effect.verdict == verdict for verdict, effect in found.items())
     rows = [
-        Row(Change("a", kind="loss", published_mb=5), effects["hurts"], None, None),
-        Row(Change("b", kind="loss", published_mb=5), effects["helps"], None, None),
-        Row(Change("c", kind="rates", published_mb=-5), effects["helps"], None, None),
-        Row(Change("d", kind="rates", published_mb=-5), effects["not resolved"], None, None),
-        Row(Change("e"), effects["helps"], None, None),
+        Row(Change("a", kind="loss", published_mb=5), found["hurts"], None, None),
+        Row(Change("b", kind="loss", published_mb=5), found["helps"], None, None),
+        Row(Change("c", kind="rates", published_mb=-5), found["helps"], None, None),
+        Row(Change("d", kind="rates", published_mb=-5), found["not resolved"], None, None),
+        Row(Change("e"), found["helps"], None, None),
     ]
-    lines = ablate.format_signs(rows)
+    lines = effects.format_signs(rows)
     assert lines[0].startswith("signs, all: balanced accuracy 0.75 over 3 rows")
     assert "signs, loss: balanced accuracy 0.50 over 2 rows" in lines[1] and "rates" in lines[2]
-    assert "-3.0 ± 1.0 (3)" in ablate.format_table(rows) and math.isclose(effects["hurts"].mb, 3)
+    assert "-3.0 ± 1.0 (3)" in effects.format_table(rows) and math.isclose(found["hurts"].mb, 3)
 
 
 @pytest.mark.slow

@@ -30,235 +30,41 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
-import platform
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import train_gpt
 from data.folder import positive
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
+from tools.ablation.effects import (
+    draw,
+    equal_time_steps,
+    find_baseline,
+    format_noise,
+    format_signs,
+    format_table,
+    measure_effect,
+    read_rows,
+)
+from tools.ablation.ledger import Ledger, Run, Speed, describe_cpu
+from tools.ablation.table import BASELINE, Change, Table, read_table
 from tools.lib.runlog import RunError, read_result
-from tools.plot import GREY, check_picture, import_pyplot, save_picture
+from tools.plot import check_picture
 from tools.seeds import tie_to_parent
-from tools.submission.stats import mean, sample_std
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 TREES = ROOT / ".cache" / "ablate"
 FIRST_SEEDS = 3
-TURNS = 3  # of both sides, when speeds are compared
-VERDICTS = ("helps", "hurts", "neither")
-OURS = ("seed", "iterations", "run_id", "resume", "score", "dry_run")  # settings that a row cannot have
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row of the table; the baseline is one that changes nothing."""
-
-    name: str
-    options: str = ""
-    patch: str = ""
-    predict: str = ""
-    kind: str = ""
-    published_mb: float | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    path: Path
-    options: list[str]
-    iterations: int
-    seeds: list[int]
-    changes: list[Change]
-    data_digest: str
-
-    @property
-    def runs_path(self) -> Path:
-        return self.path.with_suffix(".runs.jsonl")
-
-    def patch_of(self, change: Change) -> bytes:
-        return (self.path.parent / change.patch).read_bytes() if change.patch else b""
-
-
-def read_table(path: Path) -> Table:
-    try:
-        content = tomllib.loads(path.read_text())
-        baseline, rows = content["baseline"], content.get("row", [])
-        options = shlex.split(baseline["options"])
-        seeds = [int(seed) for seed in baseline["seeds"]]
-        changes = [read_change(row) for row in rows]
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: not a table ({error}); see --help for its form") from None
-    config, _ = train_gpt.parse_config(options, {})
-    if not config.iterations or len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        raise RunError(f"{path}: the baseline needs --iterations and at least two seeds, each only once")
-    names, same = [change.name for change in changes], [(change.options, change.patch) for change in changes]
-    for change in changes:
-        if names.count(change.name) > 1 or change.name == "baseline":
-            raise RunError(f"{path}: {change.name!r}: every row needs a name of its own")
-        if same.count((change.options, change.patch)) > 1:
-            raise RunError(f"{path}: {change.name!r}: another row is the same change")
-        check_change(path, change, options)
-    data = Path(config.data_path).resolve()
-    return Table(
-        path=path,
-        options=[*options, f"--data_path={data}"],  # runs are made elsewhere
-        iterations=config.iterations,
-        seeds=seeds,
-        changes=[replace(change, options=resolve_paths(change.options, options)) for change in changes],
-        data_digest=describe_data(data),
-    )
-
-
-def read_change(row: dict[str, Any]) -> Change:
-    change = Change(**{"kind" if key == "class" else key: row[key] for key in row})
-    words = (change.name, change.options, change.patch, change.predict, change.kind, change.source)
-    if not all(isinstance(word, str) for word in words):
-        raise TypeError(f"row {change.name!r}: a text is needed")
-    published = change.published_mb
-    return replace(change, published_mb=None if published is None else float(published))
-
-
-def check_change(path: Path, change: Change, options: list[str]) -> None:
-    if bool(change.options) == bool(change.patch):
-        raise RunError(f"{path}: {change.name!r} needs either options or a patch")
-    if change.patch and not (path.parent / change.patch).is_file():
-        raise RunError(f"{path}: {change.name!r}: {path.parent / change.patch} is not there")
-    if change.predict and change.predict not in VERDICTS:
-        raise RunError(f"{path}: {change.name!r}: predict is one of {', '.join(VERDICTS)}")
-    try:
-        own = shlex.split(change.options)
-    except ValueError as error:
-        raise RunError(f"{path}: {change.name!r}: {error}") from None
-    config, _ = train_gpt.parse_config([*options, *own], {})
-    base, _ = train_gpt.parse_config(options, {})
-    given = [name for name in OURS if getattr(config, name) != getattr(base, name)]
-    if given:
-        raise RunError(f"{path}: {change.name!r}: --{given[0]} is not for a row; the table sets it")
-
-
-def resolve_paths(text: str, options: list[str]) -> str:
-    """The options of a row with the whole path of its data, where that is another one."""
-    own = shlex.split(text)
-    config, _ = train_gpt.parse_config([*options, *own], {})
-    base, _ = train_gpt.parse_config(options, {})
-    for name in ("data_path", "tokenizer_path"):
-        if getattr(config, name) != getattr(base, name):
-            own.append(f"--{name}={Path(getattr(config, name)).resolve()}")
-    return shlex.join(own)
-
-
-def describe_data(folder: Path) -> str:
-    """A digest that changes with the data set."""
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no data set there; python -m data.localtext --held_out builds data/heldout")
-    sizes = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.bin"))]
-    tokenizer = folder / "tokenizer.model"
-    content = tokenizer.read_bytes() if tokenizer.is_file() else b""
-    return hashlib.sha256(repr(sizes).encode() + content).hexdigest()
-
-
-# --- what has been run ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    row: str
-    digest: str  # of what was run, without seed and steps
-    commit: str
-    cpu: str
-    seed: int
-    iterations: int
-    val_bpb: float
-    artifact_bytes: int
-    train_s: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How many times as fast as the baseline a step of a change is: the median over turns, and each."""
-
-    row: str
-    digest: str
-    commit: str
-    cpu: str
-    ratio: float
-    turns: list[float] = field(default_factory=list)
-
-
-def describe_cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    facts = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.is_file() else {}
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    family = " ".join(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{facts.get('model name') or platform.machine()} ({family or platform.system()}, {instructions})"
-
-
-class Ledger:
-    """The lines of TABLE.runs.jsonl that this commit and this CPU wrote."""
-
-    def __init__(self, table: Table, commit: str, cpu: str):
-        self.table, self.commit, self.cpu = table, commit, cpu
-        self.runs: list[Run] = []
-        self.speeds: list[Speed] = []
-        if table.runs_path.is_file():
-            for number, line in enumerate(table.runs_path.read_text().splitlines(), 1):
-                try:
-                    content = json.loads(line)
-                    self.remember(Speed(**content) if "ratio" in content else Run(**content))
-                except (ValueError, TypeError):
-                    raise RunError(f"{table.runs_path}, line {number}: not a run; remove that line") from None
-
-    def remember(self, found: Run | Speed) -> None:
-        if (found.commit, found.cpu) == (self.commit, self.cpu):
-            (self.runs if isinstance(found, Run) else self.speeds).append(found)  # type: ignore[arg-type]
-
-    def add(self, found: Run | Speed) -> None:
-        with self.table.runs_path.open("a") as file:
-            file.write(json.dumps(asdict(found)) + "\n")
-        self.remember(found)
-
-    def digest(self, change: Change) -> str:
-        facts = [
-            self.table.options,
-            change.options,
-            self.table.data_digest,
-            platform.python_version(),
-            torch.__version__,
-        ]
-        text = json.dumps(facts).encode() + self.table.patch_of(change)
-        return hashlib.sha256(text).hexdigest()[:12]
-
-    def find(self, change: Change, seed: int, iterations: int) -> Run | None:
-        digest = self.digest(change)
-        same = [r for r in self.runs if (r.digest, r.seed, r.iterations) == (digest, seed, iterations)]
-        return same[-1] if same else None
-
-    def find_speed(self, change: Change) -> Speed | None:
-        same = [speed for speed in self.speeds if speed.digest == self.digest(change)]
-        return same[-1] if same else None
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
+TURNS, TURN_STEPS = 3, 20  # of both sides, when speeds are compared
 
 
 def git(*arguments: str, cwd: Path = ROOT, given: bytes = b"") -> str:
@@ -301,9 +107,14 @@ def call(folder: Path, arguments: list[str], threads: int) -> str:
     environ |= dict(OMP_NUM_THREADS=str(threads), TORCHINDUCTOR_CACHE_DIR=str(TREES / "inductor"))
     first_call = tie_to_parent if sys.platform == "linux" else None
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True, preexec_fn=first_call,
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        preexec_fn=first_call,
         check=False,
-    )  # fmt: skip
+    )
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()
         raise RunError(f"{shlex.join(arguments)}: exit code {done.returncode}: {lines[-1]}")
@@ -337,7 +148,7 @@ def run_missing(ledger: Ledger, wanted: Iterable[tuple[Change, int, int]], jobs:
     missing = [key for key in dict.fromkeys(wanted) if ledger.find(*key) is None]
     for change, _, _ in missing:
         prepare_tree(ledger.table, change, ledger.commit)  # one at a time: git locks
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = count_threads(jobs)
     failures: list[RunError] = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_one, ledger, *key, threads) for key in missing]
@@ -358,21 +169,25 @@ def run_missing(ledger: Ledger, wanted: Iterable[tuple[Change, int, int]], jobs:
         raise failures[0]
 
 
+def count_threads(jobs: int) -> int:
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
 def note(text: str) -> None:
     """Progress; stdout holds the table alone."""
     print(f"# {text}", file=sys.stderr, flush=True)
 
 
-def compare_speeds(ledger: Ledger, change: Change, steps: int, threads: int) -> Speed:
+def compare_speeds(ledger: Ledger, change: Change, threads: int) -> Speed:
     """In turns; each turn is a process, for a patch is other code."""
-    sides = [Change("baseline"), change]
+    sides = [BASELINE, change]
     ratios = []
     for _ in range(TURNS):
         step_ms = []
         for side in sides:
             folder = prepare_tree(ledger.table, side, ledger.commit)
             options = [*ledger.table.options, *shlex.split(side.options)]
-            text = call(folder, ["-m", "tools.bench", f"--steps={steps}", "--json", "--", *options], threads)
+            text = call(folder, ["-m", "tools.bench", f"--steps={TURN_STEPS}", "--json", "--", *options], threads)
             step_ms.append(json.loads(text)["step"]["step_ms"])
         ratios.append(step_ms[0] / step_ms[1])
     ratio = statistics.median(ratios)
@@ -386,42 +201,6 @@ def has_one_speed(table: Table, change: Change) -> bool:
     return config.loop_start == 0 and not config.sample_depth
 
 
-# --- effects ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Mean paired difference to the baseline in thousandths of a bit per byte, and its standard error."""
-
-    mb: float
-    error: float
-    seeds: int
-
-    @property
-    def is_resolved(self) -> bool:
-        return abs(self.mb) > 2 * self.error
-
-    @property
-    def verdict(self) -> str:
-        if not self.is_resolved:
-            return "not resolved"
-        return "helps" if self.mb < 0 else "hurts"
-
-    def __str__(self) -> str:
-        return f"{self.mb:+.1f} ± {self.error:.1f} ({self.seeds})"
-
-
-def measure_effect(ledger: Ledger, change: Change, iterations: int, seeds: list[int]) -> Effect | None:
-    pairs = [
-        (ledger.find(change, seed, iterations), ledger.find(Change("baseline"), seed, ledger.table.iterations))
-        for seed in seeds
-    ]
-    differences = [1000 * (a.val_bpb - b.val_bpb) for a, b in pairs if a and b]
-    if len(differences) < 2:
-        return None
-    return Effect(mean(differences), sample_std(differences) / math.sqrt(len(differences)), len(differences))
-
-
 def resolve(ledger: Ledger, steps: dict[str, int], jobs: int) -> None:
     """Runs every change of `steps` with more and more seeds, until its effect is resolved or no seed is left."""
     table = ledger.table
@@ -431,117 +210,10 @@ def resolve(ledger: Ledger, steps: dict[str, int], jobs: int) -> None:
         wanted = [(Change("baseline"), seed, table.iterations) for seed in seeds if open_changes]
         wanted += [(change, seed, steps[change.name]) for change in open_changes for seed in seeds]
         run_missing(ledger, wanted, jobs)
-        effects = {c.name: measure_effect(ledger, c, steps[c.name], seeds) for c in open_changes}
-        open_changes = [c for c in open_changes if not (effect := effects[c.name]) or not effect.is_resolved]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of a change."""
-
-    change: Change
-    at_steps: Effect | None
-    speed: Speed | None
-    at_time: Effect | None
-
-
-def equal_time_steps(table: Table, speed: Speed) -> int:
-    return round(table.iterations * speed.ratio)
-
-
-def read_rows(ledger: Ledger, changes: list[Change]) -> list[Row]:
-    table, rows = ledger.table, []
-    for change in changes:
-        speed = ledger.find_speed(change)
-        at_time = measure_effect(ledger, change, equal_time_steps(table, speed), table.seeds) if speed else None
-        rows.append(Row(change, measure_effect(ledger, change, table.iterations, table.seeds), speed, at_time))
-    return rows
-
-
-def format_noise(ledger: Ledger) -> str:
-    scores = [run.val_bpb for seed in ledger.table.seeds if (run := find_baseline(ledger, seed))]
-    spread = f"{1000 * sample_std(scores):.1f}" if len(scores) > 1 else "unknown"
-    return (
-        f"baseline {mean(scores):.5f} over {len(scores)} seeds, standard deviation {spread} mb; {ledger.commit[:7]}; "
-        f"{ledger.cpu}"
-    )
-
-
-def find_baseline(ledger: Ledger, seed: int) -> Run | None:
-    return ledger.find(Change("baseline"), seed, ledger.table.iterations)
-
-
-def format_table(rows: list[Row]) -> str:
-    headings = ("change", "predicted", "published", "equal steps, mb", "verdict", "speed", "equal time, mb", "verdict")
-    lines = [headings]
-    for row in rows:
-        published = "-" if row.change.published_mb is None else f"{row.change.published_mb:+.1f}"
-        speed = f"{row.speed.ratio:.3f}" if row.speed else "-"
-        steps, time = row.at_steps, row.at_time
-        lines.append(
-            (
-                row.change.name, row.change.predict or "-", published, str(steps or "-"),
-                steps.verdict if steps else "-", speed, str(time or "-"), time.verdict if time else "-",
-            )
-        )  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def format_signs(rows: list[Row]) -> list[str]:
-    """How often the sign of the published effect came out, of the resolved rows that have one, by class."""
-    known = [
-        (row.change.kind or "all", row.change.published_mb < 0, row.at_steps.mb < 0)
-        for row in rows
-        if row.change.published_mb and row.at_steps and row.at_steps.is_resolved
-    ]
-    lines = []
-    for kind in dict.fromkeys(["all", *(kind for kind, _, _ in known)]):
-        ours = [(wanted, found) for own, wanted, found in known if kind in ("all", own)]
-        shares = []
-        for sign in (True, False):
-            hits = [found == wanted for wanted, found in ours if wanted is sign]
-            shares += [sum(hits) / len(hits)] if hits else []
-        if shares:
-            lines.append(
-                f"signs, {kind}: balanced accuracy {mean(shares):.2f} over {len(ours)} rows (always one: 0.50)"
-            )
-    return lines
-
-
-def draw(rows: list[Row], out: Path) -> None:
-    """Left is better; a bar is two standard errors, a ring what was published at full scale."""
-    rows = [row for row in rows if row.at_steps]
-    figure, axes = import_pyplot().subplots(figsize=(8, 1.2 + 0.34 * len(rows)), layout="constrained")
-    named: set[str] = set()
-
-    def name_once(label: str) -> str | None:
-        is_new = label not in named
-        named.add(label)
-        return label if is_new else None
-
-    for at, row in enumerate(rows):
-        for effect, shift, color, label in (
-            (row.at_steps, -0.12, "#1f4e8c", "equal steps"),
-            (row.at_time, 0.12, "#d1861d", "equal time"),
-        ):
-            if effect:
-                axes.errorbar(effect.mb, at + shift, xerr=2 * effect.error, fmt="o", color=color, markersize=4,
-                              capsize=2, label=name_once(label))  # fmt: skip
-        if row.change.published_mb is not None:
-            axes.plot(row.change.published_mb, at, "o", markersize=9, markerfacecolor="none", color=GREY,
-                      label=name_once("published"))  # fmt: skip
-    axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row.change.name for row in rows])
-    axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlabel("thousandths of a bit per byte against the baseline; left is better")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    save_picture(figure, out, dpi=150)
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
+        effects = [measure_effect(ledger, change, steps[change.name], seeds) for change in open_changes]
+        open_changes = [
+            change for change, effect in zip(open_changes, effects) if effect is None or not effect.is_resolved
+        ]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -554,10 +226,10 @@ def run(args: argparse.Namespace) -> None:
     changes = [change for change in table.changes if not args.rows or change.name in args.rows]
     ledger = Ledger(table, find_commit(), describe_cpu())
     if not args.show:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        for change in [] if args.steps_only else changes:
-            if has_one_speed(table, change) and ledger.find_speed(change) is None:
-                ledger.add(compare_speeds(ledger, change, args.bench_steps, threads))
+        timed = [] if args.steps_only else [change for change in changes if has_one_speed(table, change)]
+        for change in timed:
+            if ledger.find_speed(change) is None:
+                ledger.add(compare_speeds(ledger, change, count_threads(args.jobs)))
         resolve(ledger, {change.name: table.iterations for change in changes}, args.jobs)
         speeds = {change.name: ledger.find_speed(change) for change in changes}
         resolve(ledger, {name: equal_time_steps(table, speed) for name, speed in speeds.items() if speed}, args.jobs)
@@ -580,7 +252,6 @@ def main(argv: list[str]) -> int:
         "--jobs", type=positive, default=1, metavar="N", help="runs at a time, which share the cores [1]"
     )
     parser.add_argument("--steps_only", action="store_true", help="equal steps only, and no speeds")
-    parser.add_argument("--bench_steps", type=positive, default=20, metavar="N", help="steps in a turn of a speed [20]")
     parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw it as well: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")

@@ -1,0 +1,1 @@
+"""What tools.ablate is made of: the table, the ledger of runs, the effects."""
