@@ -9,9 +9,10 @@ sees nothing of the future, and distributions still sum to 1. (Canonical token m
 2506.07956.)
 
 BPE merges the best pair of neighbours until none is left, over a whole text. So `ab` is spelled a, b exactly if no
-merge ever joins something that ends in `a` with something that begins `b`. The merges within `a` and within `b` come in
-an order of their own; together they come as two sorted lists are merged. In every state on the way the last node of `a`
-and the first of `b` are neighbours, and the pair is impossible if they would be merged before what comes next.
+merge ever joins something that ends in `a` with something that begins `b`. On its way from characters to itself `a` has
+one last node after another, each until a merge of some rank takes it, and `b` one first node after another. The pair is
+impossible if two such nodes make a piece that ranks before the merges that would take them. (A piece is learned after
+its parts, so the two are there when its rank comes.)
 
 Example: `▁the` is a piece and better than any pair with `e` in it. So `▁th` is never followed by `e`, for the two would
 have been merged.
@@ -97,8 +98,6 @@ class State(NamedTuple):
     first: int  # the node at its left end
     last: int  # and at its right end
     next_rank: float  # of the merge that comes next within the piece
-    level: float  # the worst rank of a merge so far: all better ones that were possible are made
-    next_level: float
 
 
 class Merges:
@@ -135,52 +134,27 @@ class Merges:
             nodes[best : best + 2] = [joined[best]]
             ranks.append(self.ranks[joined[best]])
             steps.append((nodes[0], nodes[-1]))
-        levels = [-math.inf, *np.maximum.accumulate(ranks)] if ranks else [-math.inf]
         return [
-            State(self.ids[first], self.ids[last], next_rank, level, next_level)
-            for (first, last), next_rank, level, next_level in zip(
-                steps, [*ranks, math.inf], levels, [*levels[1:], math.inf]
-            )
+            State(self.ids[first], self.ids[last], next_rank)
+            for (first, last), next_rank in zip(steps, [*ranks, math.inf])
         ]
 
 
-class EndStates(NamedTuple):
-    """All states of all pieces that have one node at one end, as columns."""
-
-    pieces: np.ndarray
-    next_ranks: np.ndarray
-    levels: np.ndarray
-    next_levels: np.ndarray
-
-    def take(self, chosen: np.ndarray) -> EndStates:
-        return EndStates(*(column[chosen] for column in self))
-
-
-def group_states(merges: Merges, end: str) -> dict[int, EndStates]:
-    """The states by the node at an end, `first` or `last`."""
-    found: dict[int, list[tuple[int, float, float, float]]] = defaultdict(list)
+def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
+    lasts: dict[int, dict[int, float]] = defaultdict(dict)  # by node, then piece: the worst rank that finds it there
+    firsts: dict[int, dict[int, float]] = defaultdict(dict)
     for piece, states in merges.states.items():
         for state in states:
-            found[getattr(state, end)].append((piece, state.next_rank, state.level, state.next_level))
-    return {node: EndStates(*map(np.array, zip(*rows))) for node, rows in found.items()}
-
-
-def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
-    ends, begins = group_states(merges, "last"), group_states(merges, "first")
+            lasts[state.last][piece] = max(state.next_rank, lasts[state.last].get(piece, -math.inf))
+            firsts[state.first][piece] = max(state.next_rank, firsts[state.first].get(piece, -math.inf))
     for joined, rank in merges.ranks.items():
         for at in range(1, len(joined)):
             left_node, right_node = merges.ids.get(joined[:at]), merges.ids.get(joined[at:])
-            if left_node not in ends or right_node not in begins:
-                continue
-            left, right = ends[left_node], begins[right_node]
-            # the merge across comes before the next one of either side; of equal ones the left comes first
-            left = left.take(left.next_ranks > rank)
-            right = right.take(right.next_ranks >= rank)
-            # both sides are in these states at once: neither is ahead of what the other does next
-            at_once = left.levels[:, None] <= right.next_levels
-            at_once &= right.levels < left.next_levels[:, None]
-            rows, columns = np.nonzero(at_once)
-            allowed[left.pieces[rows], right.pieces[columns]] = False
+            if left_node in lasts and right_node in firsts:
+                # of two merges of one rank the left comes first
+                left = [piece for piece, until in lasts[left_node].items() if until > rank]
+                right = [piece for piece, until in firsts[right_node].items() if until >= rank]
+                allowed[np.ix_(left, right)] = False
 
 
 def forbid_broken_characters(

@@ -184,6 +184,6 @@ def test_a_run_scores_with_it(dataset, tmp_path: Path):
     done = run_cli([*tiny_options(dataset, canonical=1, run_id="c")], tmp_path)
     assert done.returncode == 0, done.stderr
     (result,) = events(done.stdout, "result")
-    again = run_cli(["--score", "runs/c/artifact.lg", "--device", "cpu"], tmp_path)
+    again = run_cli(["--score", "runs/c/artifact.lg", "--device", "cpu", "--dtype", "float32"], tmp_path)
     assert again.returncode == 0, again.stderr
     assert events(again.stdout, "result")[0]["val_bpb"] == result["val_bpb"]

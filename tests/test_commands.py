@@ -26,6 +26,7 @@ NOT_RUN = {
     r"-m venv|bin/pip |^source |^cd |^export |^git |^ls |^head |^curl |^'\['": "the reader's shell",
     r"-m tools\.record": "a record of whole runs takes minutes, tested in test_record.py",
     r"-m tools\.audit": "hundreds of passes, tested in test_audit.py",
+    r"-m tools\.(seeds|sweep)": "starts many programs, tested in test_seeds.py and test_depth.py",
     r"-m tools\.ablate": "makes runs of a commit, tested in test_ablate.py",
     r"-m kernels\.check": "needs a GPU, or the interpreter, tested in test_kernels.py",
     r"-m data\.localtext": "reads every installed package, tested in test_localtext.py",
@@ -38,8 +39,8 @@ SETTINGS = TINY | dict(model_dim=16, num_heads=1, rope_dims=4, text_sha256="", e
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, dataset, documents) -> Path:
-    folder = tmp_path_factory.mktemp("reader")
+def finished(tmp_path_factory, dataset, documents) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(dataset, folder / "data" / "local")
     data = Path("data/local")
     for name in ("A", "B", "C"):
@@ -59,6 +60,12 @@ def place(tmp_path_factory, dataset, documents) -> Path:
     text = [json.dumps({"text": text}) for text in documents]
     (folder / "mine.jsonl").write_text("\n".join(text))
     return folder
+
+
+@pytest.fixture
+def place(tmp_path, finished) -> Path:
+    """Each page begins anew: two pages may name their runs alike."""
+    return shutil.copytree(finished, tmp_path / "reader")
 
 
 def reason_not_to_run(line: str) -> str:

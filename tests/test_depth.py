@@ -220,3 +220,20 @@ def test_a_sweep_that_cannot_work_begins_nothing(own, given, message, tmp_path, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sizes, place", [((100, 100), [2.0, 3.0]), ((100, 150), [100.0, 150.0])])
+def test_files_of_one_size_stand_by_their_work(sizes, place, tmp_path, monkeypatch):
+    rows = [
+        sweep.Row(plan, f"--iterations {n}", ["r"], "c", 1, flops, 1000.0 * size, 2.0, None, [2.0], n, 1.0, 1.0)
+        for plan, flops, size, n in (("abc", 2_000_000, sizes[0], 5), ("abcd", 3_000_000, sizes[1], 4))
+    ]
+    drawn = {}
+    monkeypatch.setattr(sweep, "save_picture", lambda figure, *given, **named: drawn.update(axes=figure.axes[0]))
+    sweep.draw(rows, tmp_path / "s.png")
+    assert [x for x, _ in drawn["axes"].collections[0].get_offsets()] == place
+    assert sweep.name_rows(rows) == ["abc", "abcd"]
+    assert sweep.name_rows([rows[0], replace(rows[0], options="--iterations 7")]) == [
+        "abc\n--iterations 5",
+        "abc\n--iterations 7",
+    ]

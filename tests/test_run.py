@@ -450,6 +450,7 @@ def test_the_artifact_ends_just_below_a_limit_that_binds(dataset, tmp_path, monk
     assert tools.artifact.main(["fit", "runs/r", "--byte_limit=25000", "--out", "small.lg"]) == 0
     assert 0.995 * 24_000 <= (tmp_path / "small.lg").stat().st_size <= 24_000
     assert tools.artifact.main(["verify", "small.lg"]) == 0
+    assert tools.artifact.main(["size", "small.lg", "--code", "packed.py"]) == 2  # nobody wrote it
     assert tools.artifact.main(["fit", "runs/r", "--byte_limit=5000", "--out", "none.lg"]) == 3
     assert not (tmp_path / "none.lg").exists()
 

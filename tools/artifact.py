@@ -131,6 +131,8 @@ def diff(path_a: Path, path_b: Path) -> int:
 
 def size(path: Path, code: Path | None, limit: int) -> int:
     artifact_bytes = train_gpt.load_artifact(path).size
+    if code and not code.is_file():
+        raise RunError(f"--code {code}: no file there; python -m tools.pack --out {code} writes it")
     code_bytes = code.stat().st_size if code else train_gpt.Config().code_reserve
     total = artifact_bytes + code_bytes
     print(
