@@ -48,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
 from kernels.head import head_loss_torch, softcap_logits
-from kernels.newton_schulz import orthogonalize_ref
+from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, KeysValues
 from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
@@ -107,6 +107,10 @@ class Architecture:
     bptt: int = option(0, "gradients flow through this many last repetitions of the *r group (0 = all)")
     score_depth: int = option(0, "repetitions while scoring (0 = depth)", high=256)
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
+    skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
+    parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
+    depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
+    visit_mix: bool = option(False, "a repeated visit of a block mixes in what the last one left, by two numbers")
     model_dim: int = option(1024, "width of the residual stream", low=2, high=65536)
     inject: str = option("concat", "how ^ mixes the kept stream in: a matrix on both, or", choices=("concat", "add"))
     block_norm: str = option("pre", "norms before attention and MLP, or also after", choices=("pre", "sandwich"))
@@ -114,9 +118,13 @@ class Architecture:
     embed_norm: bool = option(True, "norm the embeddings")
     pass_scales: bool = option(True, "every pass mixes the embedding in and scales what its block adds, per channel")
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
+    share_keys: bool = option(False, "later visits of a block attend to the keys and values of its first")
+    early_reach: int = option(0, "visits of a block before its last one look back so far at most (0 = as the last)")
+    visit_mlps: bool = option(False, "a block has an MLP for each of its visits, and shares its attention")
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
     mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
+    mlp_slope: float = option(0.0, "slope of the squared ReLU below zero, before the square", high=1)
     moe_experts: int = option(0, "SwiGLU experts that tokens are sent to, besides the MLP (0 = none)", high=65536)
     moe_hidden: int = option(1024, "hidden width of an expert", low=1, high=65536)
     moe_top: int = option(2, "experts that each token is sent to", low=1, high=65536)
@@ -128,10 +136,12 @@ class Architecture:
     rope_base: float = option(10000.0, "slowest wavelength of the rotation, in tokens over 2 pi", low=1)
     qk_norm: bool = option(True, "norm queries and keys")
     q_gain: float = option(1.5, "initial gain on the queries of a head (0 = no gain)")
+    head_gate: int = option(0, "first channels of the stream that decide how open each head is (0 = all are)")
     xsa_passes: str = option("all", "passes with exclusive self attention: none, all, last4 or 3,5,6")
     ve_passes: str = option("last2", "passes whose values get a token's value embedding (same forms)")
     ve_dim: int = option(128, "width of the value embedding table", low=1, high=65536)
     smear: bool = option(True, "mix each embedding with the previous token's, per channel")
+    smear_dims: int = option(0, "first channels that decide how much of the previous one (0 = the same everywhere)")
     bigram_buckets: int = option(10240, "rows of the hashed bigram table (0 = none)", high=2**24)
     bigram_dim: int = option(128, "width of the bigram table", low=1, high=65536)
     softcap: float = option(30.0, "logits are squashed into plus or minus this (0 = they are not)")
@@ -178,6 +188,8 @@ class Training:
     sample_depth: bool = option(False, "draw r for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
     optimizer: str = option("muon", "of the matrices, with Adam for the rest; or of everything")
     batch_tokens: int = option(524288, "tokens in one optimizer step, over all ranks", low=1)
+    batches: str = option("", "smaller batches at first, each to a fraction of the budget: 1024:0.1,1536:0.3")
+    contexts: str = option("", "shorter contexts at first, in the same form")
     micro_batch: int = option(0, "sequences in one forward pass of a rank; more are accumulated (0 = all)")
     checkpoint_passes: bool = option(False, "keep only the input of every pass and compute it again for the gradient")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
@@ -186,6 +198,11 @@ class Training:
     momentum: float = option(0.99, "Muon: momentum", high=1)
     momentum_start: float = option(0.85, "Muon: momentum at the first step", high=1)
     momentum_warmup: float = option(0.084, "fraction of the budget over which the momentum rises", high=1)
+    slow_momentum: float = option(0.0, "Muon: a second, slower momentum that is mixed in (0 = none)", high=0.9999)
+    slow_share: float = option(0.56, "Muon: its share", high=1)
+    row_norm: bool = option(False, "Muon: rows of the momentum get one norm before it is orthogonalized")
+    newton_schulz: str = option("jordan", "Muon: coefficients of its five iterations")
+    cautious_decay: bool = option(False, "Muon: decay only weights that the update makes smaller, too")
     weight_decay: float = option(0.04, "decay of matrices and tables, times the learning rate")
     beta1: float = option(0.9, "Adam: memory of the gradient", high=0.9999)
     beta2: float = option(0.95, "Adam: memory of the squared gradient", high=0.9999)
@@ -230,7 +247,7 @@ class Config(Run, Size, Training, Stored):
 
     def __post_init__(self) -> None:
         check_limits(self)
-        for name in ("optimizer", "score_mode"):
+        for name in ("optimizer", "newton_schulz", "score_mode"):
             check_choice(name, getattr(self, name), list_choices(name))
         for word in self.also.split(","):
             check_choice("also", word, list_choices("also"))
@@ -250,8 +267,10 @@ class Config(Run, Size, Training, Stored):
             self.require("model_dim", self.model_dim % 8 == 0, "must be divisible by 8")
             self.require("moe_top", self.moe_top <= self.moe_experts, f"must be at most moe_experts={self.moe_experts}")
             self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
-        has_whole_sequences = self.batch_tokens % self.seq_len == 0
-        self.require("batch_tokens", has_whole_sequences, f"must be divisible by seq_len={self.seq_len}")
+        for batch_tokens, seq_len in list_shapes(self):
+            has_whole_sequences = batch_tokens % seq_len == 0
+            self.require("batch_tokens", has_whole_sequences, f"{batch_tokens} is not divisible by seq_len={seq_len}")
+            self.require("contexts", seq_len <= self.seq_len, f"must be at most seq_len={self.seq_len}")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
         fits_head = self.rope_dims <= self.head_width
         self.require("rope_dims", fits_head, f"must be at most {self.head_width}, the width of a head")
@@ -271,7 +290,7 @@ class Config(Run, Size, Training, Stored):
         self.require("bptt", keeps_gradient, "needs ^ in the *r group, or nothing before the group would learn")
         is_known = set(self.ttt_freeze) <= set(plan.names)
         self.require("ttt_freeze", is_known, f"the plan has only the blocks {plan.names}")
-        for name in ("xsa_passes", "ve_passes"):
+        for name in ("xsa_passes", "ve_passes", "parallel_passes"):
             parse_pass_set(name, getattr(self, name), plan.count_passes(self.table_repetitions))
 
     @property
@@ -378,6 +397,7 @@ def list_choices(name: str) -> list[str]:
     tables = {
         "recipe": list(RECIPES),
         "optimizer": list(OPTIMIZERS),
+        "newton_schulz": list(COEFFICIENTS),
         "score_mode": list(SCORERS),
         "also": ["trained", "averaged", *SCORERS, "none"],
     }
@@ -563,9 +583,25 @@ def settings_at(config: Config, progress: float, step: int) -> Settings:
         lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
         momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
         depth=ONCE if progress < config.loop_start else draw_depth(config, step),
-        batch_tokens=config.batch_tokens,
-        seq_len=config.seq_len,
+        batch_tokens=value_at(progress, parse_stages("batches", config.batches), config.batch_tokens),
+        seq_len=value_at(progress, parse_stages("contexts", config.contexts), config.seq_len),
     )
+
+
+def parse_stages(name: str, text: str) -> list[tuple[int, float]]:
+    """`1024:0.1,1536:0.3`: values and the fractions of the budget to which they hold."""
+    try:
+        stages = [(int(value), float(end)) for value, end in (part.split(":") for part in text.split(",") if text)]
+    except ValueError:
+        raise ConfigError(f"{name}={text}: has the form 1024:0.1,1536:0.3, a value and where it ends") from None
+    ends = [end for _, end in stages]
+    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends) or any(value < 1 for value, _ in stages):
+        raise ConfigError(f"{name}={text}: values are above 0, their ends rise between 0 and 1")
+    return stages
+
+
+def value_at(progress: float, stages: list[tuple[int, float]], last: int) -> int:
+    return next((value for value, end in stages if progress <= end), last)
 
 
 def draw_depth(config: Config, step: int) -> Depth:
@@ -650,6 +686,11 @@ class PassRow(NamedTuple):
     loop: Tensor | None  # (D,): what a mixture of experts knows of the visit
     value: Tensor | None  # (B, T, kv heads * K): added to the values
     is_xsa: bool
+    is_parallel: bool = False  # the MLP reads what attention reads
+    depth_scale: Tensor | None = None  # (): of what both read
+    visit: int = 0  # which MLP, where a block has one for each
+    reach: int = MOST  # positions that attention looks back at most
+    shared: KeysValues | None = None  # of the block's first visit, instead of its own
     past: KeysValues | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
     lora: Mapping[str, Adapter] = {}  # by layer
@@ -662,12 +703,16 @@ class PassTable(DeclaringModule):
     scales: nn.Parameter | None
     adapters: nn.Parameter | None
     skips: nn.Parameter | None
+    skip_gates: nn.Parameter | None
+    visit_mixes: nn.Parameter | None
     value_scales: nn.Parameter | None
+    depth_scales: Tensor | None
 
     def __init__(self, config: Config, n_slots: int):
         super().__init__()
         P, D = n_slots, config.model_dim
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
+        self.parallel = parse_pass_set("parallel_passes", config.parallel_passes, P)
         value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
         self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
         # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
@@ -676,8 +721,17 @@ class PassTable(DeclaringModule):
         self.declare("mixes", (P, 2, D), vector(stream_only), when=config.pass_scales)
         self.declare("scales", (P, 2, D), vector(start_at(1.0)), when=config.pass_scales)
         self.declare("adapters", (P, 2, D, config.adapter_rank), vector(no_op), when=config.adapter_rank > 0)
-        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=config.skips == "unet" and P > 1)
+        has_skips = config.skips == "unet" and P > 1
+        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=has_skips)
+        # parameter-golf #1089
+        self.declare("skip_gates", (P // 2, D), vector(start_at(0.0)), when=has_skips and config.skip_gates)
+        # what the block makes of the stream, and what it left on its last visit: parameter-golf #1714, #1779
+        block_only = start_stacked(start_at(1.0), start_at(0.0))
+        self.declare("visit_mixes", (P, 2), vector(block_only), when=config.visit_mix)
         self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
+        # parameter-golf #315
+        depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
+        self.register_buffer("depth_scales", depth_scales, persistent=False)
 
     def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
         """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
@@ -687,12 +741,32 @@ class PassTable(DeclaringModule):
         scaled_value = None
         if slot in self.value_rows and value is not None and self.value_scales is not None:
             scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
-        return PassRow(mix, scale, adapter, loop, scaled_value, slot in self.xsa)
+        depth_scale = None if self.depth_scales is None else self.depth_scales[slot]
+        return PassRow(
+            mix=mix,
+            scale=scale,
+            adapter=adapter,
+            loop=loop,
+            value=scaled_value,
+            is_xsa=slot in self.xsa,
+            is_parallel=slot in self.parallel,
+            depth_scale=depth_scale,
+        )
 
-    def skip(self, index: int) -> Tensor:
-        """Weight of what pass `index` left for its mirror image in the second half."""
+    def join(self, index: int, x: Tensor, left: Tensor) -> Tensor:
+        """The stream and what pass `index` left for its mirror image in the second half."""
         assert self.skips is not None
-        return self.skips[index]
+        left = self.skips[index].to(x.dtype) * left
+        if self.skip_gates is None:
+            return x + left
+        return torch.lerp(left, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+
+    def mix_visits(self, slot: int, x: Tensor, last: Tensor | None) -> Tensor:
+        """What a visit leaves, with what the last visit of the same block left."""
+        if self.visit_mixes is None or last is None:
+            return x
+        own, earlier = self.visit_mixes[slot].to(x.dtype)
+        return own * x + earlier * last.detach()
 
 
 class Stream(NamedTuple):
@@ -707,6 +781,7 @@ class Stream(NamedTuple):
 
 class Attention(DeclaringModule):
     q_gain: nn.Parameter | None
+    gate: nn.Parameter | None
 
     def __init__(self, config: Config, grid: str, dtype: torch.dtype, reach: int):
         super().__init__()
@@ -718,31 +793,45 @@ class Attention(DeclaringModule):
         parts = (heads * K, kv_heads * K, kv_heads * K)
         # a gain on normed queries: parameter-golf #1125
         self.declare("q_gain", (heads,), vector(start_at(config.q_gain)), when=config.q_gain != 0)
+        # parameter-golf #1667, #1787
+        self.declare("gate", (heads, config.head_gate), vector(start_at(0.0)), when=config.head_gate > 0)
         self.qkv = Linear(D, parts, dtype, grid, start_orthogonal(parts))
         self.out = Linear(heads * K, (D,), dtype, grid, start_at(0.0))
 
     def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None]:
         """(B, T, D) to the same, and all keys and values if they are kept."""
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
-        if row.value is not None:
-            v = v + row.value
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
-        own_value = v
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
-            past_keys, past_values = row.past
-            k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
+        T = x.shape[1]
+        q, k, v = self.project(x, row)
+        own_value = v[:, -T:]
         kept = (k, v) if row.keeps else None
         q = rotate(q, stream.cos[-T:], stream.sin[-T:])
         k = rotate(k, stream.cos, stream.sin)
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attend(q, k, v, min(stream.window, self.reach), stream.docs)
+        y = attend(q, k, v, min(stream.window, self.reach, row.reach), stream.docs)
         if row.is_xsa:
             y = self.exclude_own_value(y, own_value)
+        if self.gate is not None:
+            y = self.open_heads(y, x)
         return self.out(y, row.lora.get("out")), kept
+
+    def project(self, x: Tensor, row: PassRow) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values of all positions in sight, (B, L, kv heads, K) each."""
+        own_parts = self.qkv.parts if row.shared is None else self.qkv.parts[:1]
+        y = self.qkv(x, row.lora.get("qkv"), sum(own_parts))
+        if row.shared is not None:
+            q = y.unflatten(-1, (-1, self.head_dim))
+            return (rms_norm(q) if self.qk_norm else q, *row.shared)
+        q, k, v = y.split(own_parts, -1)
+        if row.value is not None:
+            v = v + row.value
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+            past_keys, past_values = row.past
+            k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
+        return q, k, v
 
     def exclude_own_value(self, y: Tensor, own_value: Tensor) -> Tensor:
         """Nothing along a position's own value (exclusive self attention, arXiv:2603.09078, parameter-golf #198)."""
@@ -751,11 +840,18 @@ class Attention(DeclaringModule):
         unit = F.normalize(own_value, dim=-1).unsqueeze(3)
         return (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
 
+    def open_heads(self, y: Tensor, x: Tensor) -> Tensor:
+        """Each head as far as the first channels of the stream open it; at the start just as it is."""
+        assert self.gate is not None
+        opening = 2 * torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+        return (y.unflatten(-1, (-1, self.head_dim)) * opening[..., None]).flatten(-2)
+
 
 class MLP(nn.Module):
     def __init__(self, config: Config, grid: str, dtype: torch.dtype):
         super().__init__()
         self.is_gated = config.mlp == "swiglu"
+        self.slope = config.mlp_slope
         parts = (config.mlp_dim, config.mlp_dim) if self.is_gated else (config.mlp_dim,)
         self.up = Linear(config.model_dim, parts, dtype, grid, start_orthogonal(parts))
         self.down = Linear(config.mlp_dim, (config.model_dim,), dtype, grid, start_at(0.0))
@@ -766,7 +862,7 @@ class MLP(nn.Module):
             gate, y = y.chunk(2, -1)
             y = F.silu(gate) * y
         else:
-            y = F.relu(y).square()
+            y = F.leaky_relu(y, self.slope).square()  # parameter-golf #493
         return self.down(y, lora.get("down"))
 
 
@@ -787,7 +883,9 @@ class Block(DeclaringModule):
             names += ["moe"]
         self.norms = Norms(names, config.model_dim, config.norm_weights)
         self.attention = Attention(config, grid, dtype, reach)
-        self.mlp = MLP(config, grid, dtype)
+        has_mlps = config.visit_mlps and visits > 1
+        self.mlp = MLP(config, "edge" if has_mlps else grid, dtype)
+        self.later_mlps = nn.ModuleList(MLP(config, "edge", dtype) for _ in range(visits - 1 if has_mlps else 0))
         self.moe = build_mixture(config, grid, dtype, visits) if config.moe_experts else None
 
     def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None, Tensor | None]:
@@ -798,17 +896,27 @@ class Block(DeclaringModule):
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        y, kept = self.attention(self.norms(x, "attention"), row, stream)
+        entered = x
+        y, kept = self.attention(self.read(x, "attention", row), row, stream)
         x = add_scaled(x, y, row.scale, 0)
         if self.is_sandwich:
             x = self.norms(x, "attention_out")
-        y, losses = self.mlp(self.norms(x, "mlp"), row.lora), None
+        seen = entered if row.is_parallel else x  # parameter-golf #1412
+        y, losses = self.mlp_of(row.visit)(self.read(seen, "mlp", row), row.lora), None
         if self.moe is not None:
-            y, losses = self.moe.add_to(y, self.norms(x, "moe"), row.loop)
+            y, losses = self.moe.add_to(y, self.read(seen, "moe", row), row.loop)
         x = add_scaled(x, y, row.scale, 1)
         if self.is_sandwich:
             x = self.norms(x, "mlp_out")
         return x, kept, losses
+
+    def read(self, x: Tensor, name: str, row: PassRow) -> Tensor:
+        """The stream, normed, as attention or MLP reads it."""
+        x = self.norms(x, name)
+        return x if row.depth_scale is None else row.depth_scale.to(x.dtype) * x
+
+    def mlp_of(self, visit: int) -> nn.Module:
+        return self.later_mlps[visit - 1] if visit and len(self.later_mlps) else self.mlp
 
     def loop_row(self, visit: int) -> Tensor | None:
         """What the mixture knows of a visit."""
@@ -840,6 +948,8 @@ class LoopedGPT(DeclaringModule):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
     smear_gate: nn.Parameter | None
+    smear_weight: nn.Parameter | None
+    smear_scale: nn.Parameter | None
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
@@ -848,7 +958,10 @@ class LoopedGPT(DeclaringModule):
         self.is_compiled = compile_mode != "none"
         D, V, kv_dim = config.model_dim, config.vocab_size, config.num_kv_heads * config.head_width
         owners = self.plan.slot_owners(config.table_repetitions)
-        self.declare("smear_gate", (D,), vector(start_at(0.0)), when=config.smear)
+        has_weights = config.smear and config.smear_dims > 0
+        self.declare("smear_gate", (D,), vector(start_at(0.0)), when=config.smear and not has_weights)
+        self.declare("smear_weight", (config.smear_dims,), vector(start_at(0.0)), when=has_weights)
+        self.declare("smear_scale", (1,), vector(start_at(0.0)), when=has_weights)
         self.passes = PassTable(config, len(owners))
         self.embed = Table(V, D, dtype, "embed", start_normal(0.005 if config.tied else 1.0))
         self.unembed = None if config.tied else Table(V, D, dtype, "embed", start_at(0.0))
@@ -937,23 +1050,29 @@ class LoopedGPT(DeclaringModule):
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
+        left: dict[int, Tensor] = {}  # by each block on its last visit
+        blocks = [p.block for p in passes]
+        first_keys: dict[int, KeysValues] = {}  # of each block's first visit
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
-                name = self.plan.names[p.block]
-                block = self.block(name)
                 for group in p.enter:
                     entered[group] = x
                 for group in p.inject:
                     x = self.mix_in(group, entered[group], x)
                 if n_skips <= index < 2 * n_skips:
                     mirror = 2 * n_skips - 1 - index
-                    x = x + self.passes.skip(mirror).to(x.dtype) * pushed[mirror]
-                row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
-                if cache:
+                    x = self.passes.join(mirror, x, pushed[mirror])
+                row = self.build_row(p, first_keys.get(p.block), value, lora)
+                if p.block in blocks[index + 1 :]:
+                    row = row._replace(reach=self.config.early_reach or MOST)
+                if cache and row.shared is None:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
-                    row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
-                x, kept, losses = run_block(block, x, row, stream)
+                    row = row._replace(past=cache.kept.get(slots[index]), keeps=row.keeps or is_last_of_slot)
+                x, kept, losses = run_block(self.block(self.plan.names[p.block]), x, row, stream)
+                if kept is not None:
+                    first_keys.setdefault(p.block, kept)
+                x = left[p.block] = self.passes.mix_visits(p.slot, x, left.get(p.block))
                 if losses is not None:
                     routing.append(losses)
                 if on_pass:
@@ -967,6 +1086,17 @@ class LoopedGPT(DeclaringModule):
         if cache:
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
         return self.norms(x, "final"), routing
+
+    def build_row(self, p: Pass, first_keys: KeysValues | None, value: Tensor | None, lora: Lora) -> PassRow:
+        """`first_keys`: keys and values of the block's first visit, if there was one."""
+        name, shares = self.plan.names[p.block], self.config.share_keys
+        row = self.passes.row(p.slot, value, self.block(name).loop_row(p.visit))
+        return row._replace(
+            lora=lora.get(name, {}),
+            visit=p.visit if self.config.visit_mlps else 0,
+            shared=first_keys if shares else None,
+            keeps=shares and first_keys is None,
+        )
 
     def choose_block_runner(self, on_pass: OnPass | None) -> Callable[..., Any]:
         run_block = self.run_block if on_pass is None else Block.forward
@@ -1011,11 +1141,16 @@ class LoopedGPT(DeclaringModule):
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
             x = self.norms(x, "embed")
-        if self.smear_gate is None:
+        if not config.smear:
             return x[:, 1:]
-        # smear: modded-nanogpt; parameter-golf #65
-        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
-        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+        x, previous = x[:, 1:], torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+        if self.smear_gate is not None:  # modded-nanogpt; parameter-golf #65
+            share = torch.sigmoid(self.smear_gate).to(x.dtype)
+            x = (1 - share) * x + share * previous
+        if self.smear_weight is not None and self.smear_scale is not None:  # parameter-golf #1667
+            weight, scale = self.smear_weight.to(x.dtype), self.smear_scale.to(x.dtype)
+            x = x + scale * torch.sigmoid(x[..., : len(weight)] @ weight)[..., None] * previous
+        return x
 
     def linears(self) -> dict[str, dict[str, Linear]]:
         return {name: self.block(name).linears() for name in self.plan.names}
@@ -1055,12 +1190,16 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     weighed_r = learned_r + (mean_r - learned_r) / 3
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
+    owners = model.plan.slot_owners(config.table_repetitions)
     for p in model.plan.passes(Depth(1), config.table_repetitions):
         block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)
-        reach = min(T, block.attention.reach)
+        if config.share_keys and p.visit:
+            weights -= D * sum(block.attention.qkv.parts[1:])
+        is_last_visit = p.visit == owners.count(p.block) - 1
+        reach = min(T, block.attention.reach, MOST if is_last_visit else (config.early_reach or MOST))
         keys = reach - reach**2 / (2 * T)  # that a query sees on average
         times = 1.0 if p.repetitions_left is None else weighed_r
         total += times * (6 * weights + 12 * config.num_heads * config.head_width * keys)
@@ -1074,48 +1213,88 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
 # tables and vectors; or one optimizer takes all.
 
 
+@dataclass(frozen=True)
+class MuonRule:
+    """What becomes of the gradients of a matrix."""
+
+    coefficients: Coefficients
+    slow_momentum: float
+    slow_share: float
+    row_norm: bool
+    cautious_decay: bool
+
+
+class MuonMove(NamedTuple):
+    """A projection and what it moves by."""
+
+    weight: Tensor
+    momentum: Tensor
+    lr: float
+    decay: float
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, github.com/KellerJordan/Muon). Matrices of one shape, either way
     up, form a batch, and ranks share the batch. A group has `parts`: for each weight the rows of its projections."""
 
-    def __init__(self, groups: list[dict[str, Any]], ctx: RunContext):
+    def __init__(self, groups: list[dict[str, Any]], rule: MuonRule, ctx: RunContext):
         super().__init__(groups, dict(lr=0.0, momentum=0.0))
+        self.rule = rule
         self.ctx = ctx
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
+        by_shape: dict[torch.Size, list[MuonMove]] = {}
         for group in self.param_groups:
             moves = self.advance_momentum(group["params"], group["momentum"])
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if not self.rule.cautious_decay:
+                torch._foreach_mul_(group["params"], 1 - decay)
             for weight, move, parts in zip(group["params"], moves, group["parts"]):
                 for target, piece in zip(weight.split(parts), move.split(parts)):
+                    if self.rule.row_norm:  # parameter-golf #1217
+                        piece = F.normalize(piece, dim=1)
                     gain = max(1, len(piece) / piece.shape[1]) ** 0.5
                     if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
                         target, piece = target.mT, piece.mT
-                    by_shape.setdefault(piece.shape, []).append((target, piece, -group["lr"] * gain))
+                    move_of_part = MuonMove(target, piece, group["lr"] * gain, decay)
+                    by_shape.setdefault(piece.shape, []).append(move_of_part)
         for rows in by_shape.values():
-            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
-            for (target, _, factor), update in zip(rows, updates):
-                target.add_(update, alpha=factor)
+            updates = self.orthogonalize_shared(torch.stack([row.momentum for row in rows]))
+            for row, update in zip(rows, updates):
+                if self.rule.cautious_decay:  # arXiv:2510.12402; modded-nanogpt, record 43
+                    row.weight.mul_(torch.where(update * row.weight > 0, 1 - row.decay, 1.0))
+                row.weight.add_(update, alpha=-row.lr)
 
     def advance_momentum(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's updates."""
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
-        means = [self.state[weight]["momentum"] for weight in weights]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         assert len(grads) == len(weights)
-        torch._foreach_mul_(means, momentum)
-        torch._foreach_add_(means, grads)
-        return torch._foreach_add(grads, means, alpha=momentum)
+        means = self.advance_mean("momentum", weights, grads, momentum)
+        if not self.rule.slow_momentum:
+            return torch._foreach_add(grads, means, alpha=momentum)
+        # two memories of one gradient, both as means: modded-nanogpt #340
+        slow = self.advance_mean("slow_momentum", weights, grads, self.rule.slow_momentum)
+        fast_share = (1 - self.rule.slow_share) * (1 - momentum)
+        slow_share = self.rule.slow_share * (1 - self.rule.slow_momentum)
+        mixed = torch._foreach_add(torch._foreach_mul(means, fast_share), slow, alpha=slow_share)
+        return torch._foreach_add(torch._foreach_mul(mixed, momentum), grads, alpha=1 - momentum)
+
+    def advance_mean(self, name: str, weights: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
+        """Sums of gradients, each remembered for 1 / (1 - memory) steps."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        sums = [self.state[weight][name] for weight in weights]
+        torch._foreach_mul_(sums, memory)
+        torch._foreach_add_(sums, grads)
+        return sums
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)
         share = math.ceil(n / ctx.world)
         batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
-        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype, self.rule.coefficients)
         return torch.cat(ctx.gather(mine))[:n].float()
 
 
@@ -1145,7 +1324,14 @@ Groups = dict[str, list[dict[str, Any]]]  # torch's parameter groups by declared
 def build_muon(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:
     others = [*groups["table"], *groups["vector"]]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-    return {"muon": Muon(groups["matrix"], ctx), "adam": adam}
+    rule = MuonRule(
+        coefficients=COEFFICIENTS[config.newton_schulz],
+        slow_momentum=config.slow_momentum,
+        slow_share=config.slow_share,
+        row_norm=config.row_norm,
+        cautious_decay=config.cautious_decay,
+    )
+    return {"muon": Muon(groups["matrix"], rule, ctx), "adam": adam}
 
 
 def build_lion(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:

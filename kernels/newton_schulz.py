@@ -18,26 +18,45 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
     triton = None
 
 
-def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
+Coefficients = tuple[tuple[float, float, float], ...]  # of x, x^3 and x^5 of the singular values, for each iteration
+
+COEFFICIENTS: dict[str, Coefficients] = {
+    "jordan": ((3.4445, -4.775, 2.0315),) * 5,  # github.com/KellerJordan/Muon
+    "polar_express": (  # the best polynomial after those before it: arXiv:2505.16932, parameter-golf #1344
+        (8.157, -22.483, 15.879),
+        (4.043, -2.809, 0.500),
+        (3.892, -2.772, 0.506),
+        (3.286, -2.368, 0.464),
+        (2.347, -1.710, 0.423),
+    ),
+}
+
+
+def orthogonalize(batch: Tensor, dtype: torch.dtype, coefficients: Coefficients = COEFFICIENTS["jordan"]) -> Tensor:
     """In float32 cuBLAS is faster than a kernel without tensor cores."""
     suits = triton and batch.is_cuda and dtype.itemsize == 2
-    return orthogonalize_ref(batch, dtype, advance_triton if suits else advance_ref)
+    return orthogonalize_ref(batch, dtype, coefficients, advance_triton if suits else advance_ref)
 
 
-def advance_ref(x: Tensor) -> Tensor:
+def advance_ref(x: Tensor, first: float, third: float, fifth: float) -> Tensor:
     gram = x @ x.mT
-    return 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+    return first * x + torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth) @ x
 
 
-def orthogonalize_ref(batch: Tensor, dtype: torch.dtype, advance: Callable[[Tensor], Tensor] = advance_ref) -> Tensor:
+def orthogonalize_ref(
+    batch: Tensor,
+    dtype: torch.dtype,
+    coefficients: Coefficients = COEFFICIENTS["jordan"],
+    advance: Callable[[Tensor, float, float, float], Tensor] = advance_ref,
+) -> Tensor:
     """Singular values end between about 0.7 and 1.2. The Frobenius norm bounds the spectral norm, so the iteration
     starts with singular values of at most 1."""
     x = batch.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
-    for _ in range(5):
-        x = advance(x)
+    for first, third, fifth in coefficients:
+        x = advance(x, first, third, fifth)
     return x.mT if tall else x
 
 
@@ -106,6 +125,6 @@ if triton:
         )
         return out
 
-    def advance_triton(x: Tensor) -> Tensor:
-        polynomial = symmetric_product(symmetric_product(x, 1.0), 2.0315, -4.775)
-        return torch.baddbmm(x, polynomial, x, beta=3.4445)
+    def advance_triton(x: Tensor, first: float, third: float, fifth: float) -> Tensor:
+        polynomial = symmetric_product(symmetric_product(x, 1.0), fifth, third)
+        return torch.baddbmm(x, polynomial, x, beta=first)

@@ -135,8 +135,10 @@ def test_head_says_that_a_target_is_no_token():
 @pytest.mark.parametrize("n, rows, columns", [(2, 64, 128), (3, 70, 45), (1, 130, 37), (2, 33, 33), (1, 1, 9)])
 def test_orthogonalize(n, rows, columns):
     batch = draw(n, rows, columns)
-    expected = newton_schulz.orthogonalize_ref(batch, torch.float64)
-    assert_near([newton_schulz.orthogonalize_ref(batch, torch.float32, newton_schulz.advance_triton)], [expected])
+    for coefficients in newton_schulz.COEFFICIENTS.values():
+        expected = newton_schulz.orthogonalize_ref(batch, torch.float64, coefficients)
+        found = newton_schulz.orthogonalize_ref(batch, torch.float32, coefficients, newton_schulz.advance_triton)
+        assert_near([found], [expected])
 
 
 @needs_triton

@@ -1,0 +1,305 @@
+"""The parts of recipe golf, each against the formula that it stands for: causal, over a cache as at once, harmless at the
+start where that is promised; the optimizer's rules; batch and context that grow.
+
+float32 on a CPU: pytest tests/test_golf.py
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    SMALL,
+    events,
+    plain_state,
+    run_cli,
+    tiny_config,
+    tiny_context,
+    tiny_model,
+    tiny_options,
+    tiny_settings,
+    train,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt
+from kernels.attention import build_rotation
+from kernels.newton_schulz import COEFFICIENTS, orthogonalize_ref
+from loopgolf.cache import Cache
+from loopgolf.errors import ConfigError
+from loopgolf.params import start_weights
+from train_gpt import LoopedGPT, PassRow, Stream, compute_flops, list_shapes, settings_at, train_step
+
+LOOP = dict(plan="a(b)*2c", ttt_freeze="", ve_passes="all")
+PARTS = {
+    "mlp_slope": dict(mlp_slope=0.5),
+    "skip_gates": dict(skip_gates=True),
+    "head_gate": dict(head_gate=4),
+    "smear_dims": dict(smear_dims=4),
+    "parallel_passes": dict(parallel_passes="last2"),
+    "depth_scale": dict(depth_scale=True),
+    "visit_mix": dict(visit_mix=True),
+    "share_keys": dict(share_keys=True),
+    "early_reach": dict(early_reach=5),
+    "visit_mlps": dict(visit_mlps=True),
+}
+ALL = {name: value for changes in PARTS.values() for name, value in changes.items()}
+
+
+def draw_tokens(count: int) -> torch.Tensor:
+    return torch.randint(384, (1, count), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("part", [*PARTS, "all"])
+@torch.no_grad()
+def test_every_part_is_causal_and_over_a_cache_as_at_once(part):
+    config = tiny_config(**LOOP, **(ALL if part == "all" else PARTS[part]))
+    model, tokens = tiny_model(config), draw_tokens(30)
+    whole = model.hidden(tokens)
+    changed = tokens.clone()
+    changed[0, 17] = 5 + tokens[0, 17] % 7
+    after = model.hidden(changed)
+    assert torch.equal(after[0, :17], whole[0, :17]) and not torch.equal(after[0, 17], whole[0, 17])
+    cache = Cache(config.seq_len)
+    pieces = torch.cat([model.hidden(piece, None, cache) for piece in tokens.split([7, 1, 13, 9], 1)], 1)
+    torch.testing.assert_close(pieces, whole, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_every_part_changes_the_model(part):
+    """An option that nothing reads would look like a change without an effect."""
+    base = tiny_model(tiny_config(**LOOP))
+    model = LoopedGPT(tiny_config(**LOOP, **PARTS[part]))
+    tiny = tiny_model(model.config)
+    kept = {name: value for name, value in base.state_dict().items() if name in tiny.state_dict()}
+    tiny.load_state_dict(tiny.state_dict() | kept)
+    assert not torch.equal(tiny.hidden(draw_tokens(30)), base.hidden(draw_tokens(30)))
+
+
+@pytest.mark.parametrize("part", ["head_gate", "smear_dims", "visit_mix"])
+@torch.no_grad()
+def test_what_starts_as_nothing_changes_nothing_at_the_start(part):
+    def fresh(**changes) -> LoopedGPT:
+        model = LoopedGPT(tiny_config(**LOOP, smear=part == "smear_dims" and "smear_dims" in changes, **changes))
+        start_weights(model, 1)
+        return model
+
+    base, model = fresh(), fresh(**PARTS[part])
+    for name, value in base.state_dict().items():
+        if name.endswith(("out.weight", "down.weight")):  # of a fresh model they are zero, and nothing would show
+            value.normal_(generator=torch.Generator().manual_seed(2))
+            model.state_dict()[name].copy_(value)
+    assert torch.equal(model.hidden(draw_tokens(30)), base.hidden(draw_tokens(30)))
+
+
+@torch.no_grad()
+def test_a_block_is_what_its_formula_says():
+    config = tiny_config(plan="a", skips="none", mlp_slope=0.25, head_gate=4, xsa_passes="none", ve_passes="none")
+    block, x = tiny_model(config).blocks["a"], torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
+    stream = Stream(x, *build_rotation(6, config.rope_dims, config.rope_base, x), 32, None)
+    row = PassRow(None, None, None, None, None, False, is_parallel=True, depth_scale=torch.tensor(0.5))
+    found, _, _ = block(x, row, stream)
+    read = 0.5 * F.rms_norm(x, (32,), eps=1e-6)
+    attention = block.attention
+    q, k, v = (t.view(1, 6, -1, 16) for t in attention.qkv(read).split([32, 16, 16], -1))
+    q, k = (F.rms_norm(t, (16,), eps=1e-6) for t in (q, k))
+    half = config.rope_dims // 2
+
+    def turn(t):
+        a, b = t[..., :half], t[..., half : 2 * half]
+        rotated = [a * stream.cos - b * stream.sin, a * stream.sin + b * stream.cos, t[..., 2 * half :]]
+        return torch.cat(rotated, -1).transpose(1, 2)
+
+    scores = turn(q) * attention.q_gain[:, None, None]
+    y = F.scaled_dot_product_attention(scores, turn(k), v.transpose(1, 2), is_causal=True, enable_gqa=True)
+    gates = 2 / (1 + torch.exp(-read[..., :4] @ attention.gate.T))
+    y = (y.transpose(1, 2) * gates[..., None]).flatten(2) @ attention.out.weight.T
+    up = read @ block.mlp.up.weight.T
+    hidden = torch.where(up > 0, up, 0.25 * up) ** 2
+    torch.testing.assert_close(found, x + y + hidden @ block.mlp.down.weight.T, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_skips_and_visits_are_mixed_as_their_formulas_say():
+    passes = tiny_model(tiny_config(**LOOP, skip_gates=True, visit_mix=True)).passes
+    x, left = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+    share = torch.sigmoid(passes.skip_gates[1])
+    torch.testing.assert_close(passes.join(1, x, left), share * x + (1 - share) * passes.skips[1] * left)
+    own, earlier = passes.visit_mixes[2]
+    torch.testing.assert_close(passes.mix_visits(2, x, left), own * x + earlier * left)
+    assert passes.mix_visits(2, x, None) is x
+
+
+@torch.no_grad()
+def test_later_visits_look_at_the_keys_of_the_first():
+    """With one key-value pair for both visits, a second visit does not depend on its own keys and values."""
+    config = tiny_config(plan="aa", skips="none", share_keys=True, xsa_passes="none", ve_passes="none")
+    kept = []
+    model = tiny_model(config)
+    forward = model.blocks["a"].attention.forward
+    model.blocks["a"].attention.forward = lambda x, row, stream: kept.append(row) or forward(x, row, stream)
+    model.hidden(draw_tokens(9))
+    first, second = kept
+    assert first.shared is None and first.keeps and second.shared[0].shape == (1, 9, 1, 16) and not second.keeps
+    assert compute_flops(config, 1.0) == compute_flops(tiny_config(plan="aa", skips="none", xsa_passes="none",
+                                                                   ve_passes="none"), 1.0) - 6 * 32 * 32  # fmt: skip
+
+
+@torch.no_grad()
+def test_early_visits_reach_back_so_far_and_the_last_as_far_as_it_can():
+    shape = dict(plan="aa", skips="none", smear=False, bigram_buckets=0, ve_passes="none", pass_scales=False)
+    tokens = draw_tokens(30)
+    changed = tokens.clone()
+    changed[0, 4] = 5 + tokens[0, 4] % 7
+    reaches = []
+
+    def watch(p, x):
+        reaches.append(x)
+        return x
+
+    model = tiny_model(tiny_config(**shape, early_reach=3))
+    for text in (tokens, changed):
+        model.hidden(text, on_pass=watch)
+    first, second = ([t for t in range(30) if not torch.equal(reaches[i][0, t], reaches[i + 2][0, t])] for i in (0, 1))
+    assert first == [4, 5, 6] and second == list(range(4, 30))
+
+
+def test_muons_rules():
+    name = "blocks.a.mlp.up.weight"
+
+    def step(gradients: list[torch.Tensor], **changes) -> torch.Tensor:
+        """What the last of them moves the weight by."""
+        model = tiny_model(tiny_config(grad_clip=0.0, matrix_lr=0.1, weight_decay=0.0, **changes))
+        state = plain_state(model)
+        weight = state.master.weights[name]
+        for gradient in gradients:
+            before = weight.detach().clone()
+            weight.grad.copy_(gradient)
+            state.step(1.0, 0.9)
+        return before - weight.detach()
+
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = tiny_model(tiny_config()).blocks["a"].mlp.up.weight.shape
+    first, second = torch.randn(2, rows, columns, generator=generator)
+    gain = 0.1 * max(1, rows / columns) ** 0.5
+
+    def orthogonal(x: torch.Tensor, kind: str = "jordan") -> torch.Tensor:
+        return gain * orthogonalize_ref(x[None], torch.float32, COEFFICIENTS[kind])[0]
+
+    close = dict(atol=2e-4, rtol=1e-3)
+    move = step([first], newton_schulz="polar_express")
+    torch.testing.assert_close(move, orthogonal(first, "polar_express"), **close)
+    uneven = first * torch.linspace(0.01, 10, rows)[:, None]
+    move = step([uneven], row_norm=True)
+    torch.testing.assert_close(move, orthogonal(first / first.norm(dim=1, keepdim=True)), **close)
+    move = step([first, second], slow_momentum=0.98, slow_share=0.7)
+    fast, slow = 0.1 * (0.9 * first + second), 0.02 * (0.98 * first + second)
+    mean = 0.1 * second + 0.9 * (0.3 * fast + 0.7 * slow)
+    torch.testing.assert_close(move, orthogonal(mean), **close)
+    move = step([first])
+    torch.testing.assert_close(move, orthogonal(1.9 * first), **close)
+
+
+def test_cautious_decay_leaves_what_grows():
+    name = "blocks.a.mlp.up.weight"
+    moves = []
+    for cautious, decay in ((False, 0.0), (True, 0.5)):
+        state = plain_state(tiny_model(tiny_config(matrix_lr=0.1, weight_decay=decay, cautious_decay=cautious)))
+        weight = state.master.weights[name]
+        before = weight.detach().clone()
+        weight.grad.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        state.step(1.0, 0.9)
+        moves.append(before - weight.detach())
+    plain, cautious = moves
+    shrinks = plain * before > 0
+    torch.testing.assert_close(cautious[~shrinks], plain[~shrinks])
+    torch.testing.assert_close(cautious[shrinks], (plain + 0.05 * before)[shrinks])
+    assert 0.3 < shrinks.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("kind", COEFFICIENTS)
+def test_all_coefficients_orthogonalize(kind):
+    batch = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalize_ref(batch, torch.float32, COEFFICIENTS[kind]))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4, unique=True), st.floats(0, 1))
+def test_stages_hold_up_to_their_ends(ends, progress):
+    ends = sorted(round(end, 3) for end in ends)
+    if len(set(ends)) < len(ends):
+        return
+    values = [8 * 2**i for i in range(len(ends))]
+    config = tiny_config(
+        batches=",".join(f"{value}:{end}" for value, end in zip(values, ends)), seq_len=8, stride=8, batch_tokens=1024
+    )
+    expected = next((value for value, end in zip(values, ends) if progress <= end), 1024)
+    assert settings_at(config, progress, 0).batch_tokens == expected and settings_at(config, progress, 0).seq_len == 8
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(contexts="16"), "a value and where it ends"),
+        (dict(contexts="16:0.5,8:0.2"), "rise"),
+        (dict(contexts="16:1.5"), "rise"),
+        (dict(contexts="64:0.5"), "at most seq_len=32"),
+        (dict(contexts="24:0.5"), "not divisible by seq_len=24"),
+        (dict(batches="0:0.5"), "above 0"),
+        (dict(batches="40:0.5"), "not divisible by seq_len=32"),
+        (dict(parallel_passes="9"), "parallel_passes"),
+    ],
+)
+def test_bad_settings_are_told(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_config(**changes)
+
+
+def test_context_and_batch_grow_in_a_run_and_it_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
+    grows = dict(contexts="8:0.4,16:0.7", batches="64:0.5", iterations=24, plan="a(b)*2c", ttt_freeze="", **ALL)
+    grows |= dict(slow_momentum=0.97, row_norm=True, cautious_decay=True, newton_schulz="polar_express")
+    whole = train(tmp_path, dataset, run_id="whole", **grows)
+    steps = [int(line["tokens"]) for line in events((whole / "log.txt").read_text(), "train")]
+    assert {b - a for a, b in zip([0, *steps], steps)} == {64, 128}
+    calls, load_batch = itertools.count(1), train_gpt.load_batch
+
+    def stop_at_the_ninth(*given):
+        if next(calls) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load_batch(*given)
+
+    with contextlib.chdir(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt, "load_batch", stop_at_the_ninth)
+            assert train_gpt.main(tiny_options(dataset, **(SMALL | grows), run_id="parts"), {}) == 1
+        assert train_gpt.main(["--resume", "runs/parts"], {}) == 0
+    digests = [train_gpt.load_artifact(tmp_path / "runs" / name / "artifact.lg").sha256 for name in ("whole", "parts")]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_it_as_one(dataset, tmp_path):
+    grows = dict(contexts="16:0.4", batches="64:0.5", iterations=6, plan="a(b)*2c", ttt_freeze="", **ALL)
+    grows |= dict(slow_momentum=0.97, row_norm=True, cautious_decay=True, newton_schulz="polar_express")
+    losses = []
+    for ranks in (1, 2):
+        done = run_cli(tiny_options(dataset, run_id=f"r{ranks}", **grows), tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(line["train_loss"]) for line in events(done.stdout, "train")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 6
+
+
+def test_a_gradient_step_at_every_shape_of_a_run():
+    config = tiny_config(contexts="8:0.4", batches="64:0.5", **LOOP, **ALL)
+    assert list_shapes(config) == [(64, 8), (64, 32), (128, 32)]
+    model = tiny_model(config)
+    for batch_tokens, seq_len in list_shapes(config):
+        tokens = torch.randint(384, (batch_tokens // seq_len, seq_len + 1))
+        batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        assert train_step(model, plain_state(model), batch, tiny_settings(), tiny_context()).isfinite()
