@@ -171,6 +171,7 @@ class Size:
     edge_k: float = option(12.85, "the same for all other matrices", low=0.1)
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
+    step_bits: int = option(10, "bits that the mantissa of a row's step keeps: fewer take fewer bytes", high=10)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
@@ -1365,10 +1366,10 @@ def build_optimizers(
 def build_formats(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Format]:
     """How every parameter is trained and stored, by the grid that it declared."""
     grids = {
-        "core": RowGrid(config.core_bits, k_scale * config.core_k),
-        "edge": RowGrid(config.edge_bits, k_scale * config.edge_k),
-        "embed": RowGrid(config.embed_bits, k_scale * config.embed_k),
-        "table": RowGrid(config.table_bits, k_scale * config.table_k),
+        "core": RowGrid(config.core_bits, k_scale * config.core_k, config.step_bits),
+        "edge": RowGrid(config.edge_bits, k_scale * config.edge_k, config.step_bits),
+        "embed": RowGrid(config.embed_bits, k_scale * config.embed_k, config.step_bits),
+        "table": RowGrid(config.table_bits, k_scale * config.table_k, config.step_bits),
     }
     return {name: grids[spec.grid] if spec.grid else Half() for name, spec in collect_specs(model).items()}
 

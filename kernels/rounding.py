@@ -4,8 +4,10 @@
     weight = dequantize_rows(codes, step)
     round_to_grid(weight, out, largest, k)              both in one, written to `out`
 
-The step of a row is k standard deviations over the largest code, without a floor. All weights are rounded in every
-step of training: the kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+The step of a row is k standard deviations over the largest code, without a floor. With fewer `step_bits` than fp16 has,
+the mantissa of a step is so long: rows are a little finer or coarser than others, and their steps take fewer bytes. All
+weights are rounded in every step of training: the kernel reads a row once and writes it once, where PyTorch makes a
+dozen passes.
 """
 
 import torch
@@ -18,9 +20,13 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
     triton = None
 
 
-def quantize_rows(weight: Tensor, largest: int, k: float) -> tuple[Tensor, Tensor]:
+STEP_BITS = 10  # the mantissa of fp16
+
+
+def quantize_rows(weight: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> tuple[Tensor, Tensor]:
     """The spread of a row is taken around zero, as the grid is."""
     step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
+    step = shorten_mantissa(step, step_bits)
     codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
     return codes.round().clamp(-largest, largest).to(torch.int8), step
 
@@ -29,28 +35,38 @@ def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
 
 
-def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
-    codes, step = quantize_rows(weight, largest, k)
+def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
+    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones."""
+    dropped = STEP_BITS - bits
+    whole = step.view(torch.int16) + ((1 << dropped) >> 1)
+    return (whole >> dropped << dropped).view(torch.float16).clamp(max=65504)
+
+
+def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
+    codes, step = quantize_rows(weight, largest, k, step_bits)
     out.copy_(dequantize_rows(codes, step))
 
 
-def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
     if triton and weight.is_cuda:
-        round_to_grid_triton(weight, out, largest, k)
+        round_to_grid_triton(weight, out, largest, k, step_bits)
     else:
-        round_to_grid_ref(weight, out, largest, k)
+        round_to_grid_ref(weight, out, largest, k, step_bits)
 
 
 if triton:
 
     @triton.jit
-    def round_kernel(weight, out, columns, largest, scale, BLOCK: tl.constexpr):
+    def round_kernel(weight, out, columns, largest, scale, DROPPED: tl.constexpr, BLOCK: tl.constexpr):
         offsets = tl.arange(0, BLOCK)
         inside = offsets < columns
         offsets += tl.program_id(0).to(tl.int64) * columns
         w = tl.load(weight + offsets, mask=inside, other=0.0)
         spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
-        step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
+        step = tl.minimum(spread * scale, 65504.0).to(tl.float16)
+        whole = step.to(tl.int16, bitcast=True).to(tl.int32) + ((1 << DROPPED) >> 1)
+        step = (whole >> DROPPED << DROPPED).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        step = tl.minimum(step, 65504.0)
         # exact division: an approximate quotient would send ties to another code than the exporter's
         # a row of zeros is divided by 1, not by its step of 0: maximum(0 / 0, x) depends on Triton's version
         codes = tl.div_rn(w, tl.where(step > 0, step, 1.0) + tl.zeros_like(w))
@@ -58,9 +74,16 @@ if triton:
         codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
         tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
 
-    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
         block = triton.next_power_of_2(weight.shape[1])
         warps = min(max(block // 256, 1), 16)
         round_kernel[(len(weight),)](
-            weight, out, weight.shape[1], float(largest), k / largest, BLOCK=block, num_warps=warps
+            weight,
+            out,
+            weight.shape[1],
+            float(largest),
+            k / largest,
+            DROPPED=STEP_BITS - step_bits,
+            BLOCK=block,
+            num_warps=warps,
         )

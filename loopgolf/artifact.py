@@ -116,6 +116,8 @@ def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     choices = {"rans": encode_matrices(matrices)} if matrices else {}
     if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans"]):
         choices["zstd"] = zstandard.compress(content, 22)
+    if not matrices:
+        choices["zstd_split"] = zstandard.compress(content[0::2] + content[1::2], 22)
     codec = min(choices, key=lambda name: len(choices[name]))
     return codec, choices[codec]
 
@@ -203,15 +205,25 @@ def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> 
         if stream.codec == "rans" and shapes:
             matrices = [(rows, columns) for rows, columns in shapes]
             return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, matrices))
-        is_sized = stream.codec == "zstd" and zstandard.frame_content_size(packed) == stream.raw_bytes
+        is_sized = stream.codec in ("zstd", "zstd_split") and zstandard.frame_content_size(packed) == stream.raw_bytes
         require(is_sized, "a stream has an unknown codec or not the size that it promises")
         if not stream.raw_bytes:
             return b""
         content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=stream.raw_bytes)
+        if stream.codec == "zstd_split":
+            content = join_bytes(content)
     except (ValueError, zstandard.ZstdError) as error:
         raise ArtifactError(f"a stream does not decode: {error}") from None
     require(len(content) == stream.raw_bytes, "a stream has not the size that it promises")
     return content
+
+
+def join_bytes(content: bytes) -> bytes:
+    """Numbers of two bytes, from all their first and then all their second bytes."""
+    whole = bytearray(len(content))
+    half = (len(content) + 1) // 2
+    whole[0::2], whole[1::2] = content[:half], content[half:]
+    return bytes(whole)
 
 
 def split_stream(content: bytes, table: list[tuple[str, StoredTensor]]) -> dict[str, Tensor]:

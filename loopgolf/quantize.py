@@ -20,10 +20,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.rounding import dequantize_rows, quantize_rows, round_to_grid_ref
+from kernels.rounding import STEP_BITS, dequantize_rows, quantize_rows, round_to_grid_ref
 
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 HALF_BYTES = 1.7  # of an fp16 number in the file, compressed a little
+EXPONENT_BITS = 1.4  # of a row's step in the file: steps of one matrix are alike
 SAMPLED_ROWS = 256  # are enough to measure the entropy of a matrix
 
 
@@ -76,6 +77,7 @@ class RowGrid:
 
     bits: int
     k: float = 1.0
+    step_bits: int = STEP_BITS  # that the mantissa of a step keeps
 
     @property
     def scheme(self) -> str:
@@ -91,18 +93,18 @@ class RowGrid:
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
         if hessian is not None:
             return round_with_feedback(weight, hessian, self)
-        return list(quantize_rows(weight, self.largest, self.k))
+        return list(quantize_rows(weight, self.largest, self.k, self.step_bits))
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         codes, step = stored
         return dequantize_rows(codes, step)
 
     def write_rounded(self, weight: Tensor, out: Tensor) -> None:
-        round_to_grid_ref(weight, out, self.largest, self.k)
+        round_to_grid_ref(weight, out, self.largest, self.k, self.step_bits)
 
     def expected_bytes(self, shape: tuple[int, ...], weight: Tensor | None = None) -> float:
         bits = self.gaussian_bits() if weight is None else self.measure_bits(weight)
-        return CODER_SHARE * bits * math.prod(shape) / 8 + 2 * shape[0]
+        return CODER_SHARE * bits * math.prod(shape) / 8 + (EXPONENT_BITS + self.step_bits) * shape[0] / 8
 
     def is_valid(self, stored: Sequence[Tensor]) -> bool:
         codes, step = stored
@@ -165,7 +167,7 @@ def compute_bits(weights: Tensor) -> float:
 def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[Tensor]:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error moves the columns that are still open
     so that the outputs change least. Columns go by falling energy."""
-    _, step = quantize_rows(weight, grid.largest, grid.k)
+    _, step = quantize_rows(weight, grid.largest, grid.k, grid.step_bits)
     order = hessian.diagonal().argsort(descending=True)
     open_weight = weight.float()[:, order]
     hessian = hessian[order][:, order].float()

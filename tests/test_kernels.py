@@ -191,8 +191,9 @@ def test_rounding_is_that_of_the_exporter(rows, columns, bits, k):
     weight[0] = 0
     weight[-1] *= 1e9  # its step would pass the largest float16
     found = torch.empty_like(weight)
-    rounding.round_to_grid_triton(weight, found, largest, k)
-    assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)))
+    for step_bits in (10, 3, 0):
+        rounding.round_to_grid_triton(weight, found, largest, k, step_bits)
+        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k, step_bits)))
 
 
 @needs_triton
@@ -215,8 +216,8 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
     weight[3] = 0
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(weight.shape, dtype=dtype)
-        rounding.round_to_grid(weight, found, largest, k)
-        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k)).to(dtype))
+        rounding.round_to_grid(weight, found, largest, k, 3)
+        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k, 3)).to(dtype))
 
 
 @outside
@@ -255,7 +256,7 @@ def hopper_cases():
     half, shape = tile.format(128, 128), [n, n, n]
     yield "mlp", mlp, "mlp_kernel", [left, tile.format(256, 64), None, half, *shape, False, 128, 256, 64], 8
     yield "mlp back", mlp, "mlp_kernel", [left, tile.format(64, 256), half, half, *shape, True, 128, 256, 64], 8
-    yield "round", rounding, "round_kernel", ["*fp32", "*bf16", n, f, f, 1024], 4
+    yield "round", rounding, "round_kernel", ["*fp32", "*bf16", n, f, f, 7, 1024], 4
 
 
 @pytest.fixture(scope="module")

@@ -212,3 +212,18 @@ def test_an_artifact_gives_back_the_weights_that_training_computed_with(dtype, c
         if collect_specs(model)[n].group == "matrix" and not torch.equal(w.to(dtype), now[n])
     ]
     assert len(moved) >= len(model.plan.names) * 2, "training computed on the grid, not with the master weights"
+
+
+@given(st.integers(0, 10), st.integers(0, 200))
+def test_steps_keep_so_many_bits_of_their_mantissa(bits, seed):
+    weight = draw_rows(12, 16, seed) * torch.logspace(-3, 3, 12)[:, None]
+    grid, exact = RowGrid(6, 8.0, bits), RowGrid(6, 8.0)
+    codes, step = grid.quantize(weight)
+    mantissa, _ = torch.frexp(step.float())
+    assert torch.equal(mantissa * 2 ** (bits + 1), (mantissa * 2 ** (bits + 1)).round())
+    whole = exact.quantize(weight)[1].float()
+    assert ((step.float() - whole).abs() <= whole * 2.0 ** (-bits - 1) + 1e-7).all() and step.isfinite().all()
+    inside = codes.abs() < grid.largest
+    error = (weight - grid.dequantize([codes, step])).abs()
+    assert (error <= 0.5001 * step.float()[:, None])[inside].all()
+    assert grid.expected_bytes((12, 16)) <= exact.expected_bytes((12, 16))
