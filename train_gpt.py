@@ -50,7 +50,7 @@ from kernels.attention import attend, build_rotation, rotate
 from kernels.head import head_loss_torch, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
-from loopgolf.cache import Cache, KeysValues
+from loopgolf.cache import Cache, Kept, KeysValues
 from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
 from loopgolf.layers import Adapter, Linear, Norms, Table, rms_norm
 from loopgolf.options import (
@@ -109,8 +109,8 @@ class Architecture:
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
     skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
     parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
+    look_back: int = option(0, "positions before its own whose channels attention reads, each channel weighed", high=64)
     depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
-    visit_mix: bool = option(False, "a repeated visit of a block mixes in what the last one left, by two numbers")
     model_dim: int = option(1024, "width of the residual stream", low=2, high=65536)
     inject: str = option("concat", "how ^ mixes the kept stream in: a matrix on both, or", choices=("concat", "add"))
     block_norm: str = option("pre", "norms before attention and MLP, or also after", choices=("pre", "sandwich"))
@@ -291,6 +291,8 @@ class Config(Run, Size, Training, Stored):
         self.require("bptt", keeps_gradient, "needs ^ in the *r group, or nothing before the group would learn")
         is_known = set(self.ttt_freeze) <= set(plan.names)
         self.require("ttt_freeze", is_known, f"the plan has only the blocks {plan.names}")
+        has_one_norm = self.parallel_passes == "none" or not self.norm_weights
+        self.require("parallel_passes", has_one_norm, "needs norms without weights, for both read through one")
         for name in ("xsa_passes", "ve_passes", "parallel_passes"):
             parse_pass_set(name, getattr(self, name), plan.count_passes(self.table_repetitions))
 
@@ -691,8 +693,9 @@ class PassRow(NamedTuple):
     depth_scale: Tensor | None = None  # (): of what both read
     visit: int = 0  # which MLP, where a block has one for each
     reach: int = MOST  # positions that attention looks back at most
+    back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
     shared: KeysValues | None = None  # of the block's first visit, instead of its own
-    past: KeysValues | None = None  # of earlier positions
+    past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
     lora: Mapping[str, Adapter] = {}  # by layer
 
@@ -705,7 +708,7 @@ class PassTable(DeclaringModule):
     adapters: nn.Parameter | None
     skips: nn.Parameter | None
     skip_gates: nn.Parameter | None
-    visit_mixes: nn.Parameter | None
+    backs: nn.Parameter | None
     value_scales: nn.Parameter | None
     depth_scales: Tensor | None
 
@@ -726,9 +729,8 @@ class PassTable(DeclaringModule):
         self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=has_skips)
         # parameter-golf #1089
         self.declare("skip_gates", (P // 2, D), vector(start_at(0.0)), when=has_skips and config.skip_gates)
-        # what the block makes of the stream, and what it left on its last visit: parameter-golf #1714, #1779
-        block_only = start_stacked(start_at(1.0), start_at(0.0))
-        self.declare("visit_mixes", (P, 2), vector(block_only), when=config.visit_mix)
+        # Canon layers: arXiv:2512.17351
+        self.declare("backs", (P, config.look_back, D), vector(start_at(0.0)), when=config.look_back > 0)
         self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
         # parameter-golf #315
         depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
@@ -752,6 +754,7 @@ class PassTable(DeclaringModule):
             is_xsa=slot in self.xsa,
             is_parallel=slot in self.parallel,
             depth_scale=depth_scale,
+            back=None if self.backs is None else self.backs[slot],
         )
 
     def join(self, index: int, x: Tensor, left: Tensor) -> Tensor:
@@ -762,13 +765,6 @@ class PassTable(DeclaringModule):
             return x + left
         return torch.lerp(left, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def mix_visits(self, slot: int, x: Tensor, last: Tensor | None) -> Tensor:
-        """What a visit leaves, with what the last visit of the same block left."""
-        if self.visit_mixes is None or last is None:
-            return x
-        own, earlier = self.visit_mixes[slot].to(x.dtype)
-        return own * x + earlier * last.detach()
-
 
 class Stream(NamedTuple):
     """What all passes of a forward share."""
@@ -778,6 +774,19 @@ class Stream(NamedTuple):
     sin: Tensor
     window: int  # positions that attention reaches
     docs: Tensor | None  # (B, L): numbers of documents, if they matter
+
+
+def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each position with the n before it in its document, per channel: a short causal convolution. x (B, T, D); weights
+    (n, D); docs (B, L). And what the last n positions have read."""
+    n, (B, T, D) = len(weights), x.shape
+    earlier = past.read if past is not None else None
+    line = torch.cat((x.new_zeros(B, n, D) if earlier is None else earlier, x), 1)
+    docs = F.pad(docs, (n, 0), value=-1)[:, -T - n :]  # of no document
+    for lag in range(1, n + 1):
+        is_same = docs[:, n:] == docs[:, n - lag : -lag]
+        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
+    return x, line[:, -n:]
 
 
 class Attention(DeclaringModule):
@@ -791,6 +800,7 @@ class Attention(DeclaringModule):
         self.kv_heads = kv_heads
         self.reach = reach  # positions that it looks back at most
         self.qk_norm = config.qk_norm
+        self.stays_in_document = config.doc_attention
         parts = (heads * K, kv_heads * K, kv_heads * K)
         # a gain on normed queries: parameter-golf #1125
         self.declare("q_gain", (heads,), vector(start_at(config.q_gain)), when=config.q_gain != 0)
@@ -809,7 +819,8 @@ class Attention(DeclaringModule):
         k = rotate(k, stream.cos, stream.sin)
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attend(q, k, v, min(stream.window, self.reach, row.reach), stream.docs)
+        docs = stream.docs if self.stays_in_document else None
+        y = attend(q, k, v, min(stream.window, self.reach, row.reach), docs)
         if row.is_xsa:
             y = self.exclude_own_value(y, own_value)
         if self.gate is not None:
@@ -829,8 +840,9 @@ class Attention(DeclaringModule):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
-            past_keys, past_values = row.past
+        if row.past is not None and row.past.keys_values is not None:
+            # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+            past_keys, past_values = row.past.keys_values
             k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
         return q, k, v
 
@@ -889,27 +901,31 @@ class Block(DeclaringModule):
         self.later_mlps = nn.ModuleList(MLP(config, "edge", dtype) for _ in range(visits - 1 if has_mlps else 0))
         self.moe = build_mixture(config, grid, dtype, visits) if config.moe_experts else None
 
-    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None, Tensor | None]:
-        """The stream (B, T, D) after this pass; all keys and values if they are kept; the losses of the mixture."""
+    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, Kept, Tensor | None]:
+        """The stream (B, T, D) after this pass; what is kept of it; the losses of the mixture."""
         if row.mix is not None:
             mix = row.mix.to(x.dtype)
             x = mix[0] * x + mix[1] * stream.x0
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        entered = x
-        y, kept = self.attention(self.read(x, "attention", row), row, stream)
+        seen, last_seen = self.read(x, "attention", row), None
+        if row.back is not None and stream.docs is not None:
+            seen, last_seen = look_back(seen, row.back, row.past, stream.docs)
+        y, keys_values = self.attention(seen, row, stream)
         x = add_scaled(x, y, row.scale, 0)
         if self.is_sandwich:
             x = self.norms(x, "attention_out")
-        seen = entered if row.is_parallel else x  # parameter-golf #1412
-        y, losses = self.mlp_of(row.visit)(self.read(seen, "mlp", row), row.lora), None
+        if not row.is_parallel:  # parameter-golf #1412
+            seen = self.read(x, "mlp", row)
+        y, losses = self.mlp_of(row.visit)(seen, row.lora), None
         if self.moe is not None:
-            y, losses = self.moe.add_to(y, self.read(seen, "moe", row), row.loop)
+            seen = seen if row.is_parallel else self.read(x, "moe", row)
+            y, losses = self.moe.add_to(y, seen, row.loop)
         x = add_scaled(x, y, row.scale, 1)
         if self.is_sandwich:
             x = self.norms(x, "mlp_out")
-        return x, kept, losses
+        return x, Kept(keys_values, last_seen), losses
 
     def read(self, x: Tensor, name: str, row: PassRow) -> Tensor:
         """The stream, normed, as attention or MLP reads it."""
@@ -1051,7 +1067,6 @@ class LoopedGPT(DeclaringModule):
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
-        left: dict[int, Tensor] = {}  # by each block on its last visit
         blocks = [p.block for p in passes]
         first_keys: dict[int, KeysValues] = {}  # of each block's first visit
         routing: list[Tensor] = []
@@ -1067,13 +1082,13 @@ class LoopedGPT(DeclaringModule):
                 row = self.build_row(p, first_keys.get(p.block), value, lora)
                 if p.block in blocks[index + 1 :]:
                     row = row._replace(reach=self.config.early_reach or MOST)
-                if cache and row.shared is None:
-                    is_last_of_slot = slots[index] not in slots[index + 1 :]
-                    row = row._replace(past=cache.kept.get(slots[index]), keeps=row.keeps or is_last_of_slot)
+                is_last_of_slot = cache is not None and slots[index] not in slots[index + 1 :]
+                if cache:
+                    keeps = row.keeps or (is_last_of_slot and row.shared is None)
+                    row = row._replace(past=cache.kept.get(slots[index]), keeps=keeps)
                 x, kept, losses = run_block(self.block(self.plan.names[p.block]), x, row, stream)
-                if kept is not None:
-                    first_keys.setdefault(p.block, kept)
-                x = left[p.block] = self.passes.mix_visits(p.slot, x, left.get(p.block))
+                if kept.keys_values is not None:
+                    first_keys.setdefault(p.block, kept.keys_values)
                 if losses is not None:
                     routing.append(losses)
                 if on_pass:
@@ -1082,7 +1097,7 @@ class LoopedGPT(DeclaringModule):
                     x = self.norms(x, "loop")
                 if index < n_skips:
                     pushed.append(x)
-                if cache and kept is not None:
+                if cache and is_last_of_slot:
                     cache.keep(slots[index], kept)
         if cache:
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
@@ -1126,7 +1141,7 @@ class LoopedGPT(DeclaringModule):
         past = cache.length if cache else 0
         seen = self.seen_tokens(tokens, cache)
         docs = None
-        if self.config.doc_attention:
+        if self.config.doc_attention or self.config.look_back:
             docs = (seen[:, -past - T :] == self.config.bos_id).cumsum(1, dtype=torch.int32)
         cos, sin = build_rotation(past + T, self.config.rope_dims, self.config.rope_base, self.embed.weight)
         window = cache.window if cache else self.config.seq_len

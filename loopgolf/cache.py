@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from loopgolf.plan import Depth, Plan
 
 KeysValues = tuple[Tensor, Tensor]  # (B, L, heads, K) both
+
+
+class Kept(NamedTuple):
+    """What a pass leaves for the positions after it."""
+
+    keys_values: KeysValues | None  # None: of another pass
+    read: Tensor | None  # (B, n, D): what it read at the last n positions, if later ones look at that
 
 
 class Cache:
@@ -18,17 +27,23 @@ class Cache:
         self.window = window
         self.repetitions = repetitions
         self.tokens: Tensor | None = None
-        self.kept: dict[int, KeysValues] = {}
+        self.kept: dict[int, Kept] = {}
 
     @property
     def length(self) -> int:
-        return self.kept[0][0].shape[1] if self.kept else 0
+        if not self.kept:
+            return 0
+        first = self.kept[0].keys_values
+        assert first is not None
+        return first[0].shape[1]
 
     def slots(self, plan: Plan, depth: Depth) -> list[int]:
         """Where each pass finds its keys and values. Of several passes with one slot the last one writes it."""
         return [p.slot for p in plan.passes(depth, self.repetitions)]
 
-    def keep(self, slot: int, pair: KeysValues) -> None:
-        keys, values = pair
-        start = max(0, keys.shape[1] - self.window)
-        self.kept[slot] = (keys[:, start:], values[:, start:])
+    def keep(self, slot: int, kept: Kept) -> None:
+        if kept.keys_values is not None:
+            keys, values = kept.keys_values
+            start = max(0, keys.shape[1] - self.window)
+            kept = kept._replace(keys_values=(keys[:, start:], values[:, start:]))
+        self.kept[slot] = kept

@@ -429,9 +429,9 @@ def test_a_shared_slot_holds_the_last_repetition():
     every, last = Cache(config.seq_len), Cache(config.seq_len, 1)
     for cache in (every, last):
         model.hidden(tokens, Depth(3), cache)
-    keys = [torch.cat(pair, -1) for pair in every.kept.values()]
+    keys = [torch.cat(kept.keys_values, -1) for kept in every.kept.values()]
     for kept, index in zip(last.kept.values(), (0, 1, 6, 7, 8)):
-        assert torch.equal(torch.cat(kept, -1), keys[index])
+        assert torch.equal(torch.cat(kept.keys_values, -1), keys[index])
 
 
 @torch.no_grad()

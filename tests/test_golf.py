@@ -33,7 +33,7 @@ from kernels.newton_schulz import COEFFICIENTS, orthogonalize_ref
 from loopgolf.cache import Cache
 from loopgolf.errors import ConfigError
 from loopgolf.params import start_weights
-from train_gpt import LoopedGPT, PassRow, Stream, compute_flops, list_shapes, settings_at, train_step
+from train_gpt import LoopedGPT, PassRow, Stream, compute_flops, list_shapes, look_back, settings_at, train_step
 
 LOOP = dict(plan="a(b)*2c", ttt_freeze="", ve_passes="all")
 PARTS = {
@@ -43,7 +43,7 @@ PARTS = {
     "smear_dims": dict(smear_dims=4),
     "parallel_passes": dict(parallel_passes="last2"),
     "depth_scale": dict(depth_scale=True),
-    "visit_mix": dict(visit_mix=True),
+    "look_back": dict(look_back=3),
     "share_keys": dict(share_keys=True),
     "early_reach": dict(early_reach=5),
     "visit_mlps": dict(visit_mlps=True),
@@ -82,7 +82,7 @@ def test_every_part_changes_the_model(part):
     assert not torch.equal(tiny.hidden(draw_tokens(30)), base.hidden(draw_tokens(30)))
 
 
-@pytest.mark.parametrize("part", ["head_gate", "smear_dims", "visit_mix"])
+@pytest.mark.parametrize("part", ["head_gate", "smear_dims", "look_back"])
 @torch.no_grad()
 def test_what_starts_as_nothing_changes_nothing_at_the_start(part):
     def fresh(**changes) -> LoopedGPT:
@@ -126,14 +126,43 @@ def test_a_block_is_what_its_formula_says():
 
 
 @torch.no_grad()
-def test_skips_and_visits_are_mixed_as_their_formulas_say():
-    passes = tiny_model(tiny_config(**LOOP, skip_gates=True, visit_mix=True)).passes
+def test_skips_are_mixed_as_their_formula_says():
+    passes = tiny_model(tiny_config(**LOOP, skip_gates=True)).passes
     x, left = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
     share = torch.sigmoid(passes.skip_gates[1])
     torch.testing.assert_close(passes.join(1, x, left), share * x + (1 - share) * passes.skips[1] * left)
-    own, earlier = passes.visit_mixes[2]
-    torch.testing.assert_close(passes.mix_visits(2, x, left), own * x + earlier * left)
-    assert passes.mix_visits(2, x, None) is x
+
+
+@torch.no_grad()
+def test_look_back_is_a_convolution_that_stops_at_document_starts():
+    x, weights = torch.randn(1, 12, 5), torch.randn(3, 5)
+    docs = torch.tensor([[0] * 4 + [1] * 2 + [2] * 6])
+    found, last = look_back(x, weights, None, docs)
+    for t in range(12):
+        expected = x[0, t].clone()
+        for lag in range(1, 4):
+            if t >= lag and docs[0, t - lag] == docs[0, t]:
+                expected += weights[lag - 1] * x[0, t - lag]
+        torch.testing.assert_close(found[0, t], expected)
+    assert torch.equal(last, x[:, -3:])
+
+
+@pytest.mark.parametrize("doc_attention", [False, True])
+@torch.no_grad()
+def test_look_back_never_passes_a_bos(doc_attention):
+    """Whether attention does or not."""
+    shape = dict(plan="a", skips="none", smear=False, bigram_buckets=0, ve_passes="none", early_reach=0)
+    model = tiny_model(tiny_config(**shape, look_back=3, doc_attention=doc_attention))
+    heard = []
+    forward = model.blocks["a"].attention.forward
+    model.blocks["a"].attention.forward = lambda x, row, stream: heard.append(x) or forward(x, row, stream)
+    tokens = draw_tokens(20)
+    tokens[0, 9] = 1
+    changed = tokens.clone()
+    changed[0, 8] = 5 + tokens[0, 8] % 7
+    for text in (tokens, changed):
+        model.hidden(text, cache=Cache(32))
+    assert [t for t in range(20) if not torch.equal(heard[0][0, t], heard[1][0, t])] == [8]
 
 
 @torch.no_grad()
