@@ -1817,6 +1817,9 @@ def build_scorer(
     assert config.canonical == (mask is not None)
     scorer: WindowScorer = find_scorer(mode)(model, config, ctx)
     scorer.mask = mask
+    if config.recall_share:
+        module = import_when_used("loopgolf.recall", f"recall_share={config.recall_share}")
+        scorer.build_memory = functools.partial(module.Recall, config.recall_share, config.recall_sharpness)
     return scorer
 
 
@@ -1850,6 +1853,8 @@ def used_modules(config: Config) -> list[str]:
         modules.append("loopgolf.moe")
     if config.canonical:
         modules.append("loopgolf.canonical")
+    if config.recall_share:
+        modules.append("loopgolf.recall")
     return sorted(set(modules))
 
 

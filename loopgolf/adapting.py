@@ -121,10 +121,10 @@ class LoraScorer(WindowScorer):
         if self.is_late(until):
             return
         started = time.perf_counter()
-        positions, states, _ = next(self.scored_states(tokens, chunk))
-        targets = tokens[positions].to(self.ctx.device)
+        scored = next(self.scored_states(tokens, chunk))
+        targets = tokens[scored.positions].to(self.ctx.device)
         # a sum over documents: the gradient of one does not depend on its neighbours
-        loss = F.cross_entropy(self.model.logits(states), targets, reduction="sum") / self.stride
+        loss = F.cross_entropy(self.model.logits(scored.states), targets, reduction="sum") / self.stride
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()

@@ -41,6 +41,8 @@ class Scoring:
     score_mode: str = option("sgd", "how val_bpb is computed")
     score_batch: int = option(32, "windows in one forward pass of a rank while scoring", low=1, high=65536)
     canonical: bool = option(False, "what the tokenizer could never write next gets almost no probability")
+    recall_share: float = option(0.0, "part of a prediction that repeats what followed similar states", high=0.9)
+    recall_sharpness: float = option(24.0, "how similar those have to be, by the cosine of two states")
     stride: int = option(64, "sliding: tokens that a window scores", low=1)
     band: int = option(0, "banded and lora: positions that a position attends to (0 = seq_len)")
     ttt_chunk: int = option(32768, "sgd: tokens that are scored before the weights adapt to them", low=1)
@@ -101,6 +103,16 @@ class Mask(Protocol):
         """Refuses a text in which something stands that the mask rules out."""
 
 
+class Memory(Protocol):
+    """What stands above in a batch of windows, and what it says of the next tokens."""
+
+    def add(self, inputs: Tensor, states: Tensor) -> None:
+        """The next positions of the windows: inputs (rows, T) and their states (rows, T, D)."""
+
+    def mix(self, log_probs: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        """log_probs (n, V), with what the windows `owners` (n,) hold before and at their positions `places` (n,)."""
+
+
 class Meter(Protocol):
     """What is told every distribution."""
 
@@ -132,6 +144,16 @@ class Window(NamedTuple):
     start: int
     first: int
     stop: int
+
+
+class Scored(NamedTuple):
+    """States that predict targets."""
+
+    positions: Tensor  # (n,): of the targets in the text
+    states: Tensor  # (n, D)
+    owners: Tensor  # (n,): the window of each, by its place in the batch
+    places: Tensor  # (n,): of each state in its window
+    memory: Memory | None
 
 
 @dataclass(frozen=True)
@@ -210,6 +232,7 @@ class WindowScorer:
         self.lora: dict[str, dict[str, Adapter]] = {}
         self.on_pass: OnPass | None = None
         self.mask: Mask | None = None
+        self.build_memory: Callable[[], Memory] | None = None
         self.updates = 0  # adaptation: updates made
         self.skipped = 0  # and updates that the time did not allow
         self.update_s = 0.0  # seconds of the slowest update
@@ -230,10 +253,10 @@ class WindowScorer:
     def tracks(self, tokens: Tensor) -> list[Track]:
         return [[self.windows(len(tokens))]]
 
-    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions of targets, states that predict them, and the window of each, in blocks of seq_len inputs. The
-        windows, at most `rows` of them, are padded to one shape if that saves compilation: what stands after a token,
-        or in another row, cannot change its states."""
+    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[Scored]:
+        """The states that predict the targets of the windows, in blocks of seq_len inputs. The windows, at most `rows`
+        of them, are padded to one shape if that saves compilation: what stands after a token, or in another row, cannot
+        change its states."""
         block = self.config.seq_len
         rows = self.rows if self.model.is_compiled else len(windows)
         inputs = torch.full((rows, self.length), self.config.bos_id)
@@ -243,13 +266,17 @@ class WindowScorer:
         lora = self.first_rows_of_lora(rows)
         has_past = self.length > block or self.band < block
         cache = Cache(self.band) if has_past else None
+        memory = self.build_memory() if self.build_memory else None
         for at in range(0, max(w.stop - 1 - w.start for w in windows), block):
             piece = inputs[:, at : at + block]
             self.forwarded += piece.numel()
             states = self.model.hidden(piece, cache=cache, lora=lora, on_pass=self.on_pass)
+            if memory:
+                memory.add(piece, states)
             positions: list[int] = []
             scored: list[Tensor] = []
             owners: list[int] = []
+            places: list[int] = []
             for row, (w, row_states) in enumerate(zip(windows, states)):
                 begin = w.start + at
                 first, stop = max(w.first - 1, begin), min(w.stop - 1, begin + block)  # inputs that predict a target
@@ -257,8 +284,16 @@ class WindowScorer:
                     positions += range(first + 1, stop + 1)
                     scored.append(row_states[first - begin : stop - begin])
                     owners += [row] * (stop - first)
+                    places += range(first - w.start, stop - w.start)
             if positions:
-                yield torch.tensor(positions), torch.cat(scored), torch.tensor(owners).to(self.ctx.device)
+                device = self.ctx.device
+                yield Scored(
+                    positions=torch.tensor(positions),
+                    states=torch.cat(scored),
+                    owners=torch.tensor(owners).to(device),
+                    places=torch.tensor(places).to(device),
+                    memory=memory,
+                )
 
     def first_rows_of_lora(self, rows: int) -> Lora:
         return {
@@ -269,12 +304,14 @@ class WindowScorer:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
-        for positions, states, owners in self.scored_states(tokens, windows):
-            yield positions, self.distribution(tokens[positions - 1], states, owners)
+        for scored in self.scored_states(tokens, windows):
+            yield scored.positions, self.distribution(tokens[scored.positions - 1], scored)
 
-    def distribution(self, previous: Tensor, states: Tensor, owners: Tensor) -> Tensor:
+    def distribution(self, previous: Tensor, scored: Scored) -> Tensor:
         """Log-probabilities (n, V) of what comes after `previous` (n,), as they are scored and coded."""
-        log_probs = self.predict(states, owners)
+        log_probs = self.predict(scored.states, scored.owners)
+        if scored.memory:
+            log_probs = scored.memory.mix(log_probs, scored.owners, scored.places)
         return self.mask(previous, log_probs) if self.mask else log_probs
 
     def predict(self, states: Tensor, owners: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from loopgolf.cache import Cache
 from loopgolf.errors import Stop
 from loopgolf.options import Parser
 from loopgolf.runtime import Log, run_program, write_atomic
-from loopgolf.scoring import BpbMeter
+from loopgolf.scoring import BpbMeter, Scored
 from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
 
 MAGIC, VERSION = b"LOOPTEXT", 1
@@ -124,11 +124,21 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
             for index, chunk in enumerate(track):
                 for window in chunk:
                     cache, fresh = Cache(scorer.band), row[window.start : window.first]
+                    memory = scorer.build_memory() if scorer.build_memory else None
                     for position in range(window.first, window.stop):
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)
-                            states = predictor.model.hidden(tokens, cache=cache, lora=scorer.lora)[:, -1]
-                            log_probs = scorer.distribution(fresh[-1:], states, owner)[0]
+                            states = predictor.model.hidden(tokens, cache=cache, lora=scorer.lora)
+                            if memory:
+                                memory.add(tokens, states)
+                            scored = Scored(
+                                positions=torch.tensor([position]),
+                                states=states[:, -1],
+                                owners=owner,
+                                places=owner + position - 1 - window.start,
+                                memory=memory,
+                            )
+                            log_probs = scorer.distribution(fresh[-1:], scored)[0]
                         row[position] = choose(log_probs)
                         fresh = row[position : position + 1]
                         bar.update()
