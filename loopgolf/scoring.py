@@ -42,7 +42,7 @@ class Scoring:
     score_batch: int = option(32, "windows in one forward pass of a rank while scoring", low=1, high=65536)
     canonical: bool = option(False, "what the tokenizer could never write next gets almost no probability")
     recall_share: float = option(0.0, "part of a prediction that repeats what followed similar states", high=0.9)
-    recall_sharpness: float = option(24.0, "how similar those have to be, by the cosine of two states")
+    recall_sharpness: float = option(16.0, "how similar those have to be, by the cosine of two states")
     stride: int = option(64, "sliding: tokens that a window scores", low=1)
     band: int = option(0, "banded and lora: positions that a position attends to (0 = seq_len)")
     ttt_chunk: int = option(32768, "sgd: tokens that are scored before the weights adapt to them", low=1)

@@ -35,6 +35,7 @@ LOOP = dict(plan="ab(^cd)*re", skips="none", depth=2)
 COUNTS = {
     "4b7l": 29_950_082, "recursive_d20": 328_335_360, "looped_s20": 328_380_160, "osrt_v3": 104_537_600,
     "osrt_v4": 356_497_926, "baseline9": 17_059_912, "frontier": 35_952_728,
+    "golf": 36_849_550,
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_a_dry_run_counts_the_published_parameters(recipe, capsys):
 SMALL = dict(
     model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=8, vocab_size=384, seq_len=32, batch_tokens=256,
     bigram_dim=8, bigram_buckets=64, ve_dim=8, moe_experts=3, moe_hidden=16, adapter_rank=4, max_r=6, stride=8,
-    average_every=1, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, lora_rank=2, lora_chunk=32,
+    contexts="", average_every=1, ttt_chunk=64, ttt_batch=2, ttt_epochs=1, lora_rank=2, lora_chunk=32,
 )  # fmt: skip
 HERE = dict(device="cpu", dtype="float32", compile="none")
 LION = dict(matrix_lr=0.003, table_lr=0.003, vector_lr=0.003)
@@ -109,8 +110,10 @@ def seeded(seed: int) -> torch.Generator:
 @torch.no_grad()
 def check_that_what_is_drawn_is_what_is_scored(predictor: Predictor, dataset) -> None:
     """A window of text through tools.sample, token by token, and through the score, all at once; with noise on the
-    weights, as a few steps leave late repetitions next to nothing to do."""
-    predictor, generator = replace(predictor, ctx=tiny_context()), seeded(0)
+    weights, as a few steps leave late repetitions next to nothing to do. Neither masked nor recalled: a text is drawn
+    from the model alone."""
+    config = replace(predictor.config, canonical=False, recall_share=0.0)
+    predictor, generator = replace(predictor, ctx=tiny_context(), config=config, mask=None), seeded(0)
     noisy = {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in predictor.artifact.tensors.items()}
     predictor.model.to("cpu", torch.float32).load_state_dict(noisy)
     tokens = torch.from_numpy(TokenStream(str(dataset), "val", 384).read(0, predictor.config.seq_len + 1))

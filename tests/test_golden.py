@@ -21,7 +21,7 @@ STEPS, SEQUENCES, LENGTH, VOCAB = 20, 4, 32, 384
 LOSSES = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
 TINY = dict(
     model_dim=32, num_heads=2, rope_dims=8, vocab_size=VOCAB, seq_len=LENGTH, batch_tokens=SEQUENCES * LENGTH,
-    iterations=STEPS, moe_hidden=16, bigram_dim=8, ve_dim=8, stride=8, byte_limit=0,
+    iterations=STEPS, contexts="", moe_hidden=16, bigram_dim=8, ve_dim=8, stride=8, byte_limit=0,
     dtype="float32", compile="none", device="cpu",
 )  # fmt: skip
 WHERE_USED = dict(bigram_buckets=64, adapter_rank=4, head_dim=16)  # sizes of what a recipe may not have

@@ -34,7 +34,7 @@ def draw(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 99), st.integers(1, 9))
 def test_it_is_its_formula_in_blocks_as_at_once(rows, length, seed, block):
     inputs, states, log_probs = draw(rows, length, seed)
-    recall = Recall(SHARE, SHARPNESS)
+    recall = Recall(SHARE, SHARPNESS, bos_id=0)
     found = []
     for at in range(0, length, block):
         piece, seen = inputs[:, at : at + block], states[:, at : at + block]
@@ -44,13 +44,13 @@ def test_it_is_its_formula_in_blocks_as_at_once(rows, length, seed, block):
         found += zip(owners.tolist(), places.tolist(), recall.mix(log_probs[owners * length + places], owners, places))
     for row, place, mixed in found:
         probs = log_probs[row * length + place].exp()
-        weights = [
-            math.exp(SHARPNESS * F.cosine_similarity(states[row, place], states[row, j], 0)) for j in range(place)
-        ]
+        start = max((j for j in range(place + 1) if inputs[row, j] == 0), default=0)  # of the document
+        here = states[row, place]
+        weights = {j: math.exp(SHARPNESS * F.cosine_similarity(here, states[row, j], 0)) for j in range(start, place)}
         if weights:
             probs = (1 - SHARE) * probs
-            for j, weight in enumerate(weights):
-                probs[inputs[row, j + 1]] += SHARE * weight / sum(weights)
+            for j, weight in weights.items():
+                probs[inputs[row, j + 1]] += SHARE * weight / sum(weights.values())
         torch.testing.assert_close(mixed.exp(), probs, atol=1e-5, rtol=1e-4)
         assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -62,7 +62,7 @@ def test_what_comes_later_changes_nothing():
     for changed in (False, True):
         if changed:
             inputs[0, 8:], states[0, 8:] = 0, -states[0, 8:]
-        recall = Recall(SHARE, SHARPNESS)
+        recall = Recall(SHARE, SHARPNESS, bos_id=99)
         recall.add(inputs, states)
         found.append(recall.mix(log_probs, owners, places))
     assert torch.equal(found[0][:8], found[1][:8]) and not torch.equal(found[0][9], found[1][9])

@@ -501,7 +501,7 @@ def test_refused_runs(runs, folders, tmp_path, capsys):
     out = tmp_path / "track_tiny" / NAME
     out.parent.mkdir()
     for made, message in (
-        ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr=0.02; only the seed may differ"),
+        ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr=0.03; only the seed may differ"),
         ([runs[0], runs[0], runs[1]], "a second run of seed 42"),
         ([*runs[:2], other_code], "ran other code than is here now"),
         (runs[:1], "1 runs, and track_tiny asks for 3 seeds"),
