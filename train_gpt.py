@@ -335,7 +335,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         parallel_passes="all", look_back=2, bigram_buckets=0, ve_passes="all", ve_dim=16, doc_attention=True,
         vocab_size=2048, byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3,
         seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
-        matrix_lr=0.03, table_lr=0.025, vector_lr=0.08, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        matrix_lr=0.03, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
