@@ -118,9 +118,7 @@ class Architecture:
     embed_norm: bool = option(True, "norm the embeddings")
     pass_scales: bool = option(True, "every pass mixes the embedding in and scales what its block adds, per channel")
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
-    share_keys: bool = option(False, "later visits of a block attend to the keys and values of its first")
     early_reach: int = option(0, "visits of a block before its last one look back so far at most (0 = as the last)")
-    visit_mlps: bool = option(False, "a block has an MLP for each of its visits, and shares its attention")
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
     mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
@@ -141,7 +139,6 @@ class Architecture:
     ve_passes: str = option("last2", "passes whose values get a token's value embedding (same forms)")
     ve_dim: int = option(128, "width of the value embedding table", low=1, high=65536)
     smear: bool = option(True, "mix each embedding with the previous token's, per channel")
-    smear_dims: int = option(0, "first channels that decide how much of the previous one (0 = the same everywhere)")
     bigram_buckets: int = option(10240, "rows of the hashed bigram table (0 = none)", high=2**24)
     bigram_dim: int = option(128, "width of the bigram table", low=1, high=65536)
     softcap: float = option(30.0, "logits are squashed into plus or minus this (0 = they are not)")
@@ -704,10 +701,8 @@ class PassRow(NamedTuple):
     is_xsa: bool
     is_parallel: bool = False  # the MLP reads what attention reads
     depth_scale: Tensor | None = None  # (): of what both read
-    visit: int = 0  # which MLP, where a block has one for each
     reach: int = MOST  # positions that attention looks back at most
     back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
-    shared: KeysValues | None = None  # of the block's first visit, instead of its own
     past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
     lora: Mapping[str, Adapter] = {}  # by layer
@@ -842,19 +837,13 @@ class Attention(DeclaringModule):
 
     def project(self, x: Tensor, row: PassRow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values of all positions in sight, (B, L, kv heads, K) each."""
-        own_parts = self.qkv.parts if row.shared is None else self.qkv.parts[:1]
-        y = self.qkv(x, row.lora.get("qkv"), sum(own_parts))
-        if row.shared is not None:
-            q = y.unflatten(-1, (-1, self.head_dim))
-            return (rms_norm(q) if self.qk_norm else q, *row.shared)
-        q, k, v = y.split(own_parts, -1)
+        q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
         if row.value is not None:
             v = v + row.value
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        if row.past is not None and row.past.keys_values is not None:
-            # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
             past_keys, past_values = row.past.keys_values
             k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
         return q, k, v
@@ -909,12 +898,10 @@ class Block(DeclaringModule):
             names += ["moe"]
         self.norms = Norms(names, config.model_dim, config.norm_weights)
         self.attention = Attention(config, grid, dtype, reach)
-        has_mlps = config.visit_mlps and visits > 1
-        self.mlp = MLP(config, "edge" if has_mlps else grid, dtype)
-        self.later_mlps = nn.ModuleList(MLP(config, "edge", dtype) for _ in range(visits - 1 if has_mlps else 0))
+        self.mlp = MLP(config, grid, dtype)
         self.moe = build_mixture(config, grid, dtype, visits) if config.moe_experts else None
 
-    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, Kept, Tensor | None]:
+    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, Kept | None, Tensor | None]:
         """The stream (B, T, D) after this pass; what is kept of it; the losses of the mixture."""
         if row.mix is not None:
             mix = row.mix.to(x.dtype)
@@ -931,22 +918,19 @@ class Block(DeclaringModule):
             x = self.norms(x, "attention_out")
         if not row.is_parallel:  # parameter-golf #1412
             seen = self.read(x, "mlp", row)
-        y, losses = self.mlp_of(row.visit)(seen, row.lora), None
+        y, losses = self.mlp(seen, row.lora), None
         if self.moe is not None:
             seen = seen if row.is_parallel else self.read(x, "moe", row)
             y, losses = self.moe.add_to(y, seen, row.loop)
         x = add_scaled(x, y, row.scale, 1)
         if self.is_sandwich:
             x = self.norms(x, "mlp_out")
-        return x, Kept(keys_values, last_seen), losses
+        return x, None if keys_values is None else Kept(keys_values, last_seen), losses
 
     def read(self, x: Tensor, name: str, row: PassRow) -> Tensor:
         """The stream, normed, as attention or MLP reads it."""
         x = self.norms(x, name)
         return x if row.depth_scale is None else row.depth_scale.to(x.dtype) * x
-
-    def mlp_of(self, visit: int) -> nn.Module:
-        return self.later_mlps[visit - 1] if visit and len(self.later_mlps) else self.mlp
 
     def loop_row(self, visit: int) -> Tensor | None:
         """What the mixture knows of a visit."""
@@ -978,8 +962,6 @@ class LoopedGPT(DeclaringModule):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
     smear_gate: nn.Parameter | None
-    smear_weight: nn.Parameter | None
-    smear_scale: nn.Parameter | None
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32, compile_mode: str = "none"):
         super().__init__()
@@ -988,10 +970,7 @@ class LoopedGPT(DeclaringModule):
         self.is_compiled = compile_mode != "none"
         D, V, kv_dim = config.model_dim, config.vocab_size, config.num_kv_heads * config.head_width
         owners = self.plan.slot_owners(config.table_repetitions)
-        has_weights = config.smear and config.smear_dims > 0
-        self.declare("smear_gate", (D,), vector(start_at(0.0)), when=config.smear and not has_weights)
-        self.declare("smear_weight", (config.smear_dims,), vector(start_at(0.0)), when=has_weights)
-        self.declare("smear_scale", (1,), vector(start_at(0.0)), when=has_weights)
+        self.declare("smear_gate", (D,), vector(start_at(0.0)), when=config.smear)
         self.passes = PassTable(config, len(owners))
         self.embed = Table(V, D, dtype, "embed", start_normal(0.005 if config.tied else 1.0))
         self.unembed = None if config.tied else Table(V, D, dtype, "embed", start_at(0.0))
@@ -1081,7 +1060,6 @@ class LoopedGPT(DeclaringModule):
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
         blocks = [p.block for p in passes]
-        first_keys: dict[int, KeysValues] = {}  # of each block's first visit
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
@@ -1092,16 +1070,15 @@ class LoopedGPT(DeclaringModule):
                 if n_skips <= index < 2 * n_skips:
                     mirror = 2 * n_skips - 1 - index
                     x = self.passes.join(mirror, x, pushed[mirror])
-                row = self.build_row(p, first_keys.get(p.block), value, lora)
+                name = self.plan.names[p.block]
+                block = self.block(name)
+                row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
                 if p.block in blocks[index + 1 :]:
                     row = row._replace(reach=self.config.early_reach or MOST)
-                is_last_of_slot = cache is not None and slots[index] not in slots[index + 1 :]
                 if cache:
-                    keeps = row.keeps or (is_last_of_slot and row.shared is None)
-                    row = row._replace(past=cache.kept.get(slots[index]), keeps=keeps)
-                x, kept, losses = run_block(self.block(self.plan.names[p.block]), x, row, stream)
-                if kept.keys_values is not None:
-                    first_keys.setdefault(p.block, kept.keys_values)
+                    is_last_of_slot = slots[index] not in slots[index + 1 :]
+                    row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
+                x, kept, losses = run_block(block, x, row, stream)
                 if losses is not None:
                     routing.append(losses)
                 if on_pass:
@@ -1110,22 +1087,11 @@ class LoopedGPT(DeclaringModule):
                     x = self.norms(x, "loop")
                 if index < n_skips:
                     pushed.append(x)
-                if cache and is_last_of_slot:
+                if cache and kept is not None:
                     cache.keep(slots[index], kept)
         if cache:
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
         return self.norms(x, "final"), routing
-
-    def build_row(self, p: Pass, first_keys: KeysValues | None, value: Tensor | None, lora: Lora) -> PassRow:
-        """`first_keys`: keys and values of the block's first visit, if there was one."""
-        name, shares = self.plan.names[p.block], self.config.share_keys
-        row = self.passes.row(p.slot, value, self.block(name).loop_row(p.visit))
-        return row._replace(
-            lora=lora.get(name, {}),
-            visit=p.visit if self.config.visit_mlps else 0,
-            shared=first_keys if shares else None,
-            keeps=shares and first_keys is None,
-        )
 
     def choose_block_runner(self, on_pass: OnPass | None) -> Callable[..., Any]:
         run_block = self.run_block if on_pass is None else Block.forward
@@ -1170,16 +1136,11 @@ class LoopedGPT(DeclaringModule):
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
             x = self.norms(x, "embed")
-        if not config.smear:
+        if self.smear_gate is None:
             return x[:, 1:]
-        x, previous = x[:, 1:], torch.where(is_start[:, 1:, None], 0, x[:, :-1])
-        if self.smear_gate is not None:  # modded-nanogpt; parameter-golf #65
-            share = torch.sigmoid(self.smear_gate).to(x.dtype)
-            x = (1 - share) * x + share * previous
-        if self.smear_weight is not None and self.smear_scale is not None:  # parameter-golf #1667
-            weight, scale = self.smear_weight.to(x.dtype), self.smear_scale.to(x.dtype)
-            x = x + scale * torch.sigmoid(x[..., : len(weight)] @ weight)[..., None] * previous
-        return x
+        # smear: modded-nanogpt; parameter-golf #65
+        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
+        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
 
     def linears(self) -> dict[str, dict[str, Linear]]:
         return {name: self.block(name).linears() for name in self.plan.names}
@@ -1225,8 +1186,6 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)
-        if config.share_keys and p.visit:
-            weights -= D * sum(block.attention.qkv.parts[1:])
         is_last_visit = p.visit == owners.count(p.block) - 1
         reach = min(T, block.attention.reach, MOST if is_last_visit else (config.early_reach or MOST))
         keys = reach - reach**2 / (2 * T)  # that a query sees on average

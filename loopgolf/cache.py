@@ -14,7 +14,7 @@ KeysValues = tuple[Tensor, Tensor]  # (B, L, heads, K) both
 class Kept(NamedTuple):
     """What a pass leaves for the positions after it."""
 
-    keys_values: KeysValues | None  # None: of another pass
+    keys_values: KeysValues
     read: Tensor | None  # (B, n, D): what it read at the last n positions, if later ones look at that
 
 
@@ -31,19 +31,13 @@ class Cache:
 
     @property
     def length(self) -> int:
-        if not self.kept:
-            return 0
-        first = self.kept[0].keys_values
-        assert first is not None
-        return first[0].shape[1]
+        return self.kept[0].keys_values[0].shape[1] if self.kept else 0
 
     def slots(self, plan: Plan, depth: Depth) -> list[int]:
         """Where each pass finds its keys and values. Of several passes with one slot the last one writes it."""
         return [p.slot for p in plan.passes(depth, self.repetitions)]
 
     def keep(self, slot: int, kept: Kept) -> None:
-        if kept.keys_values is not None:
-            keys, values = kept.keys_values
-            start = max(0, keys.shape[1] - self.window)
-            kept = kept._replace(keys_values=(keys[:, start:], values[:, start:]))
-        self.kept[slot] = kept
+        keys, values = kept.keys_values
+        start = max(0, keys.shape[1] - self.window)
+        self.kept[slot] = kept._replace(keys_values=(keys[:, start:], values[:, start:]))

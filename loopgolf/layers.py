@@ -23,13 +23,12 @@ class Linear(DeclaringModule):
         self.parts = parts
         self.declare("weight", (sum(parts), fan_in), matrix(grid, parts, start), dtype=dtype)
 
-    def forward(self, x: Tensor, adapter: Adapter | None = None, rows: int | None = None) -> Tensor:
-        """`rows`: only the first so many outputs."""
-        y = F.linear(x, self.weight[:rows])
+    def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
         if adapter is None:
             return y
         down, up = adapter
-        return y + x @ down.to(x.dtype) @ up[..., :rows].to(x.dtype)
+        return y + x @ down.to(x.dtype) @ up.to(x.dtype)
 
 
 class Table(DeclaringModule):

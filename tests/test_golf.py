@@ -33,20 +33,17 @@ from kernels.newton_schulz import COEFFICIENTS, orthogonalize_ref
 from loopgolf.cache import Cache
 from loopgolf.errors import ConfigError
 from loopgolf.params import start_weights
-from train_gpt import LoopedGPT, PassRow, Stream, compute_flops, list_shapes, look_back, settings_at, train_step
+from train_gpt import LoopedGPT, PassRow, Stream, list_shapes, look_back, settings_at, train_step
 
 LOOP = dict(plan="a(b)*2c", ttt_freeze="", ve_passes="all")
 PARTS = {
     "mlp_slope": dict(mlp_slope=0.5),
     "skip_gates": dict(skip_gates=True),
     "head_gate": dict(head_gate=4),
-    "smear_dims": dict(smear_dims=4),
     "parallel_passes": dict(parallel_passes="last2"),
     "depth_scale": dict(depth_scale=True),
     "look_back": dict(look_back=3),
-    "share_keys": dict(share_keys=True),
     "early_reach": dict(early_reach=5),
-    "visit_mlps": dict(visit_mlps=True),
 }
 ALL = {name: value for changes in PARTS.values() for name, value in changes.items()}
 
@@ -82,11 +79,11 @@ def test_every_part_changes_the_model(part):
     assert not torch.equal(tiny.hidden(draw_tokens(30)), base.hidden(draw_tokens(30)))
 
 
-@pytest.mark.parametrize("part", ["head_gate", "smear_dims", "look_back"])
+@pytest.mark.parametrize("part", ["head_gate", "look_back"])
 @torch.no_grad()
 def test_what_starts_as_nothing_changes_nothing_at_the_start(part):
     def fresh(**changes) -> LoopedGPT:
-        model = LoopedGPT(tiny_config(**LOOP, smear=part == "smear_dims" and "smear_dims" in changes, **changes))
+        model = LoopedGPT(tiny_config(**LOOP, **changes))
         start_weights(model, 1)
         return model
 
@@ -163,21 +160,6 @@ def test_look_back_never_passes_a_bos(doc_attention):
     for text in (tokens, changed):
         model.hidden(text, cache=Cache(32))
     assert [t for t in range(20) if not torch.equal(heard[0][0, t], heard[1][0, t])] == [8]
-
-
-@torch.no_grad()
-def test_later_visits_look_at_the_keys_of_the_first():
-    """With one key-value pair for both visits, a second visit does not depend on its own keys and values."""
-    config = tiny_config(plan="aa", skips="none", share_keys=True, xsa_passes="none", ve_passes="none")
-    kept = []
-    model = tiny_model(config)
-    forward = model.blocks["a"].attention.forward
-    model.blocks["a"].attention.forward = lambda x, row, stream: kept.append(row) or forward(x, row, stream)
-    model.hidden(draw_tokens(9))
-    first, second = kept
-    assert first.shared is None and first.keeps and second.shared[0].shape == (1, 9, 1, 16) and not second.keeps
-    assert compute_flops(config, 1.0) == compute_flops(tiny_config(plan="aa", skips="none", xsa_passes="none",
-                                                                   ve_passes="none"), 1.0) - 6 * 32 * 32  # fmt: skip
 
 
 @torch.no_grad()

@@ -374,8 +374,8 @@ VARIANTS = [
     {}, dict(plan="a(^bc~)*rd", skips="none"), dict(plan="(ab~)*2", ve_passes="none", bigram_buckets=0),
     dict(plan="(ab~)*2", adapter_rank=3, norm_weights=True, embed_norm=False, mlp="swiglu", pass_scales=False, q_gain=0.0),
     dict(plan="a(^bc~~)*rd", skips="none", norm_weights=True, block_norm="sandwich", tied=False, windows="LSSL"),
-    dict(plan="a(b)*2c", skip_gates=True, head_gate=4, smear_dims=4, look_back=2, parallel_passes="last2"),
-    dict(plan="a(b)*2c", share_keys=True, visit_mlps=True, depth_scale=True, mlp_slope=0.5, early_reach=9),
+    dict(plan="a(b)*2c", skip_gates=True, head_gate=4, look_back=2, parallel_passes="last2"),
+    dict(plan="a(b)*2c", depth_scale=True, mlp_slope=0.5, early_reach=9),
 ]  # fmt: skip
 
 
