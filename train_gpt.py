@@ -329,9 +329,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pocket": dict(
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
-        parallel_passes="all", look_back=2, bigram_buckets=0, ve_passes="all", ve_dim=16, doc_attention=True,
-        vocab_size=2048, byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3,
-        seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=16,
+        doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3,
         matrix_lr=0.03, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
@@ -343,8 +343,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         # our entry for the challenge: two blocks, a core of three that runs three times, two blocks, at the width that
         # fills 16 MB. Not trained at this size yet; records/studies/2026-11-30_Golf has what its parts are worth
         plan="ab(cde)*3fg", loop_start=0.35, model_dim=640, num_heads=10, num_kv_heads=5, mlp_mult=4.0, mlp_slope=0.5,
-        q_gain=5.0, parallel_passes="all", look_back=3, skip_gates=True, head_gate=12, ve_passes="none",
-        bigram_buckets=0, doc_attention=True, vocab_size=8192, data_path="data/fineweb_sp8192",
+        q_gain=5.0, parallel_passes="all", look_back=3, early_reach=512, skip_gates=True, head_gate=12,
+        depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
+        data_path="data/fineweb_sp8192",
         embed_bits=7, embed_k=15.0, step_bits=3, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
