@@ -137,7 +137,8 @@ class WindowOrder:
         starts = index // blocks_each * length
         for number in np.unique(epoch).tolist():
             within = epoch == number
-            starts[within] += self.longest * self.order(number)[block[within] % self.n_blocks]
+            blocks = self.order(number)[block[within] % self.n_blocks].astype(np.int64)  # a text may have 2**32 tokens
+            starts[within] += self.longest * blocks
         return starts
 
     def order(self, epoch: int) -> np.ndarray:
@@ -223,7 +224,9 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor 
         if docs is not None:
             other = docs[:, past + start : past + stop, None] != docs[:, None, low:high]
             hidden = hidden | other[:, None, None]
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).view(B * J, -1, high - low)
+        # added, not filled in: the gradient then needs no mask, which a compiler would write out and read again
+        scores = scores + torch.where(hidden, -math.inf, 0.0).to(scores.dtype)
+        weights = scores.softmax(-1).view(B * J, -1, high - low)
         out.append(torch.bmm(weights, v[:, low:high]).view(B, J, H // J, stop - start, K))
     return torch.cat(out, 3).permute(0, 3, 1, 2, 4).reshape(B, T, H * K)
 
@@ -251,7 +254,13 @@ def build_rotation(length: int, dims: int, base: float, like: Tensor) -> tuple[T
 Three products of cuBLAS and one pass over the logits: a row of them fits in registers, so the kernel computes its loss
 and, in place, its gradient. Nothing in float32 of that size exists, nothing is recomputed, and the backward pass has
 only products left. README.md says why this beats one kernel for everything.
+
+A CPU does the same in blocks of rows: 28 ms instead of 45 for 2,048 tokens and 2,048 pieces on two AVX2 cores. With
+many more tokens a block leaves the cache, and what is saved is the second pass.
 """
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -273,8 +282,45 @@ def head_loss_ref(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Ten
     return F.cross_entropy(softcap_logits(x, weight, cap).flatten(0, -2), targets.flatten())
 
 
+class LossInBlocks(torch.autograd.Function):
+    """The mean loss of (N, D) states. Its gradient is computed on the way, while the logits of a block are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        block = max(512, math.ceil(len(x) / 4))  # a compiler unrolls the loop
+        x_grads, losses = [], []
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, wanted in zip(x.split(block), targets[:, None].split(block)):
+            logits = softcap_logits(rows, weight, cap)
+            losses.append(logits.logsumexp(-1, keepdim=True) - logits.gather(-1, wanted))
+            slopes = logits.softmax(-1) - (torch.arange(len(weight), device=x.device) == wanted).float()
+            if cap:
+                slopes = slopes * (1 - (logits * (1 / cap)).square())  # of the softcap
+            slopes = (slopes * (1 / len(x))).to(x.dtype)
+            x_grads.append(slopes @ weight)
+            weight_grad = weight_grad + slopes.mT @ rows
+        ctx.save_for_backward(torch.cat(x_grads), weight_grad)
+        return torch.cat(losses).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * grad, (weight_grad * grad).to(x_grad.dtype), None, None
+
+
+def head_loss_in_blocks(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    loss: Tensor = LossInBlocks.apply(x.flatten(0, -2), weight, targets.flatten(), cap)
+    return loss
+
+
+def head_loss_torch(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """What PyTorch alone does best, compiled or not."""
+    in_blocks = x.device.type == "cpu" and torch.is_grad_enabled()
+    return (head_loss_in_blocks if in_blocks else head_loss_ref)(x, weight, targets, cap)
+
+
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    return (head_loss_triton if triton and x.is_cuda else head_loss_ref)(x, weight, targets, cap)
+    return (head_loss_triton if triton and x.is_cuda else head_loss_torch)(x, weight, targets, cap)
 
 
 if triton:
@@ -353,26 +399,45 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
     triton = None
 
 
-def orthogonalize(batch: Tensor, dtype: torch.dtype) -> Tensor:
+Coefficients = tuple[tuple[float, float, float], ...]  # of x, x^3 and x^5 of the singular values, for each iteration
+
+COEFFICIENTS: dict[str, Coefficients] = {
+    "jordan": ((3.4445, -4.775, 2.0315),) * 5,  # github.com/KellerJordan/Muon
+    "polar_express": (  # the best polynomial after those before it: arXiv:2505.16932, parameter-golf #1344
+        (8.157, -22.483, 15.879),
+        (4.043, -2.809, 0.500),
+        (3.892, -2.772, 0.506),
+        (3.286, -2.368, 0.464),
+        (2.347, -1.710, 0.423),
+    ),
+}
+
+
+def orthogonalize(batch: Tensor, dtype: torch.dtype, coefficients: Coefficients = COEFFICIENTS["jordan"]) -> Tensor:
     """In float32 cuBLAS is faster than a kernel without tensor cores."""
     suits = triton and batch.is_cuda and dtype.itemsize == 2
-    return orthogonalize_ref(batch, dtype, advance_triton if suits else advance_ref)
+    return orthogonalize_ref(batch, dtype, coefficients, advance_triton if suits else advance_ref)
 
 
-def advance_ref(x: Tensor) -> Tensor:
+def advance_ref(x: Tensor, first: float, third: float, fifth: float) -> Tensor:
     gram = x @ x.mT
-    return 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+    return first * x + torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth) @ x
 
 
-def orthogonalize_ref(batch: Tensor, dtype: torch.dtype, advance: Callable[[Tensor], Tensor] = advance_ref) -> Tensor:
+def orthogonalize_ref(
+    batch: Tensor,
+    dtype: torch.dtype,
+    coefficients: Coefficients = COEFFICIENTS["jordan"],
+    advance: Callable[[Tensor, float, float, float], Tensor] = advance_ref,
+) -> Tensor:
     """Singular values end between about 0.7 and 1.2. The Frobenius norm bounds the spectral norm, so the iteration
     starts with singular values of at most 1."""
     x = batch.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
-    for _ in range(5):
-        x = advance(x)
+    for first, third, fifth in coefficients:
+        x = advance(x, first, third, fifth)
     return x.mT if tall else x
 
 
@@ -441,9 +506,9 @@ if triton:
         )
         return out
 
-    def advance_triton(x: Tensor) -> Tensor:
-        polynomial = symmetric_product(symmetric_product(x, 1.0), 2.0315, -4.775)
-        return torch.baddbmm(x, polynomial, x, beta=3.4445)
+    def advance_triton(x: Tensor, first: float, third: float, fifth: float) -> Tensor:
+        polynomial = symmetric_product(symmetric_product(x, 1.0), fifth, third)
+        return torch.baddbmm(x, polynomial, x, beta=first)
 # ==== kernels/rounding.py ====
 """Rounding of a weight matrix to the grid that it is stored on, there and back.
 
@@ -451,8 +516,10 @@ if triton:
     weight = dequantize_rows(codes, step)
     round_to_grid(weight, out, largest, k)              both in one, written to `out`
 
-The step of a row is k standard deviations over the largest code, without a floor. All weights are rounded in every
-step of training: the kernel reads a row once and writes it once, where PyTorch makes a dozen passes.
+The step of a row is k standard deviations over the largest code, without a floor. With fewer `step_bits` than fp16 has,
+the mantissa of a step is so long: rows are a little finer or coarser than others, and their steps take fewer bytes. All
+weights are rounded in every step of training: the kernel reads a row once and writes it once, where PyTorch makes a
+dozen passes.
 """
 
 import torch
@@ -465,9 +532,13 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
     triton = None
 
 
-def quantize_rows(weight: Tensor, largest: int, k: float) -> tuple[Tensor, Tensor]:
+STEP_BITS = 10  # the mantissa of fp16
+
+
+def quantize_rows(weight: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> tuple[Tensor, Tensor]:
     """The spread of a row is taken around zero, as the grid is."""
     step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
+    step = shorten_mantissa(step, step_bits)
     codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
     return codes.round().clamp(-largest, largest).to(torch.int8), step
 
@@ -476,28 +547,38 @@ def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
 
 
-def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
-    codes, step = quantize_rows(weight, largest, k)
+def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
+    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones."""
+    dropped = STEP_BITS - bits
+    whole = step.view(torch.int16) + ((1 << dropped) >> 1)
+    return (whole >> dropped << dropped).view(torch.float16).clamp(max=65504)
+
+
+def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
+    codes, step = quantize_rows(weight, largest, k, step_bits)
     out.copy_(dequantize_rows(codes, step))
 
 
-def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
     if triton and weight.is_cuda:
-        round_to_grid_triton(weight, out, largest, k)
+        round_to_grid_triton(weight, out, largest, k, step_bits)
     else:
-        round_to_grid_ref(weight, out, largest, k)
+        round_to_grid_ref(weight, out, largest, k, step_bits)
 
 
 if triton:
 
     @triton.jit
-    def round_kernel(weight, out, columns, largest, scale, BLOCK: tl.constexpr):
+    def round_kernel(weight, out, columns, largest, scale, DROPPED: tl.constexpr, BLOCK: tl.constexpr):
         offsets = tl.arange(0, BLOCK)
         inside = offsets < columns
         offsets += tl.program_id(0).to(tl.int64) * columns
         w = tl.load(weight + offsets, mask=inside, other=0.0)
         spread = tl.sqrt_rn(tl.div_rn(tl.sum(w * w, 0), columns.to(tl.float32)))
-        step = tl.minimum(spread * scale, 65504.0).to(tl.float16).to(tl.float32)
+        step = tl.minimum(spread * scale, 65504.0).to(tl.float16)
+        whole = step.to(tl.int16, bitcast=True).to(tl.int32) + ((1 << DROPPED) >> 1)
+        step = (whole >> DROPPED << DROPPED).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        step = tl.minimum(step, 65504.0)
         # exact division: an approximate quotient would send ties to another code than the exporter's
         # a row of zeros is divided by 1, not by its step of 0: maximum(0 / 0, x) depends on Triton's version
         codes = tl.div_rn(w, tl.where(step > 0, step, 1.0) + tl.zeros_like(w))
@@ -505,11 +586,18 @@ if triton:
         codes = codes + 12582912.0 - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23 leaves no fraction
         tl.store(out + offsets, (codes * step).to(out.dtype.element_ty), mask=inside)
 
-    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float) -> None:
+    def round_to_grid_triton(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
         block = triton.next_power_of_2(weight.shape[1])
         warps = min(max(block // 256, 1), 16)
         round_kernel[(len(weight),)](
-            weight, out, weight.shape[1], float(largest), k / largest, BLOCK=block, num_warps=warps
+            weight,
+            out,
+            weight.shape[1],
+            float(largest),
+            k / largest,
+            DROPPED=STEP_BITS - step_bits,
+            BLOCK=block,
+            num_warps=warps,
         )
 # ==== loopgolf/__init__.py ====
 """What others rely on, and a run stands on: a file for each."""
@@ -632,6 +720,8 @@ def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     choices = {"rans": encode_matrices(matrices)} if matrices else {}
     if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans"]):
         choices["zstd"] = zstandard.compress(content, 22)
+    if not matrices:
+        choices["zstd_split"] = zstandard.compress(content[0::2] + content[1::2], 22)
     codec = min(choices, key=lambda name: len(choices[name]))
     return codec, choices[codec]
 
@@ -719,15 +809,25 @@ def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> 
         if stream.codec == "rans" and shapes:
             matrices = [(rows, columns) for rows, columns in shapes]
             return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, matrices))
-        is_sized = stream.codec == "zstd" and zstandard.frame_content_size(packed) == stream.raw_bytes
+        is_sized = stream.codec in ("zstd", "zstd_split") and zstandard.frame_content_size(packed) == stream.raw_bytes
         require(is_sized, "a stream has an unknown codec or not the size that it promises")
         if not stream.raw_bytes:
             return b""
         content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=stream.raw_bytes)
+        if stream.codec == "zstd_split":
+            content = join_bytes(content)
     except (ValueError, zstandard.ZstdError) as error:
         raise ArtifactError(f"a stream does not decode: {error}") from None
     require(len(content) == stream.raw_bytes, "a stream has not the size that it promises")
     return content
+
+
+def join_bytes(content: bytes) -> bytes:
+    """Numbers of two bytes, from all their first and then all their second bytes."""
+    whole = bytearray(len(content))
+    half = (len(content) + 1) // 2
+    whole[0::2], whole[1::2] = content[:half], content[half:]
+    return bytes(whole)
 
 
 def split_stream(content: bytes, table: list[tuple[str, StoredTensor]]) -> dict[str, Tensor]:
@@ -755,11 +855,20 @@ def dequantize_all(layout: Layout, raw: dict[str, Tensor]) -> dict[str, Tensor]:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from loopgolf.plan import Depth, Plan
 
 KeysValues = tuple[Tensor, Tensor]  # (B, L, heads, K) both
+
+
+class Kept(NamedTuple):
+    """What a pass leaves for the positions after it."""
+
+    keys_values: KeysValues
+    read: Tensor | None  # (B, n, D): what it read at the last n positions, if later ones look at that
 
 
 class Cache:
@@ -771,20 +880,202 @@ class Cache:
         self.window = window
         self.repetitions = repetitions
         self.tokens: Tensor | None = None
-        self.kept: dict[int, KeysValues] = {}
+        self.kept: dict[int, Kept] = {}
 
     @property
     def length(self) -> int:
-        return self.kept[0][0].shape[1] if self.kept else 0
+        return self.kept[0].keys_values[0].shape[1] if self.kept else 0
 
     def slots(self, plan: Plan, depth: Depth) -> list[int]:
         """Where each pass finds its keys and values. Of several passes with one slot the last one writes it."""
         return [p.slot for p in plan.passes(depth, self.repetitions)]
 
-    def keep(self, slot: int, pair: KeysValues) -> None:
-        keys, values = pair
+    def keep(self, slot: int, kept: Kept) -> None:
+        keys, values = kept.keys_values
         start = max(0, keys.shape[1] - self.window)
-        self.kept[slot] = (keys[:, start:], values[:, start:])
+        self.kept[slot] = kept._replace(keys_values=(keys[:, start:], values[:, start:]))
+# ==== loopgolf/canonical.py ====
+"""Which token can follow which: a tokenizer spells every text in one way only, and a model need not bet on the others.
+
+    mask = CanonicalMask(tokenizer, bos_id, device)
+    log_probs = mask(previous, log_probs)                (n,), (n, V): of the token after each previous one
+
+What could never come next gets 2^-20 of the probability, shared evenly, so that a text that is spelled in another way
+still has a code. The mask is a function of the tokenizer and the previous token: it costs no bytes of the artifact,
+sees nothing of the future, and distributions still sum to 1. (Canonical token masking: modded-nanogpt #350; arXiv
+2506.07956.)
+
+BPE merges the best pair of neighbours until none is left, over a whole text. So `ab` is spelled a, b exactly if no
+merge ever joins something that ends in `a` with something that begins `b`. On its way from characters to itself `a` has
+one last node after another, each until a merge of some rank takes it, and `b` one first node after another. The pair is
+impossible if two such nodes make a piece that ranks before the merges that would take them. (A piece is learned after
+its parts, so the two are there when its rank comes.)
+
+Example: `▁the` is a piece and better than any pair with `e` in it. So `▁th` is never followed by `e`, for the two would
+have been merged.
+
+Pieces that stand for bytes follow the rules of UTF-8. All this holds for BPE without pieces that a user defined: a
+unigram model chooses its pieces by other rules. `check_text` finds out before anything is scored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+from loopgolf.errors import ConfigError
+
+FLOOR = 2.0**-20  # what all impossible tokens have together
+SPACE = "▁"
+
+
+class CanonicalMask:
+    """Takes the probability of what could never come next, and gives it to the rest."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, bos_id: int, device: torch.device):
+        if bos_id != tokenizer.bos_id():
+            raise ConfigError(f"bos_id={bos_id}: the tokenizer's is {tokenizer.bos_id()}; canonical=1 needs that one")
+        self.allowed = torch.from_numpy(find_allowed_pairs(tokenizer, bos_id)).to(device)
+
+    def __call__(self, previous: Tensor, log_probs: Tensor) -> Tensor:
+        return mask_log_probs(log_probs, self.allowed[previous.to(self.allowed.device)])
+
+    def check_text(self, tokens: Tensor) -> None:
+        """That the tokenizer could have written this text: else it is not BPE, or has pieces that a user defined."""
+        tokens = tokens.long().to(self.allowed.device)
+        n_wrong = int((~self.allowed[tokens[:-1], tokens[1:]]).sum())
+        if n_wrong:
+            what = f"{n_wrong} of {len(tokens) - 1} pairs of the text are none that its tokenizer should write"
+            raise ConfigError(
+                f"canonical=1: {what}; leave it out, or make the tokens with BPE and no pieces of your own"
+            )
+
+
+def mask_log_probs(log_probs: Tensor, allowed: Tensor) -> Tensor:
+    """log_probs (n, V) of distributions, allowed (n, V). Where nothing is forbidden, or everything, they stay."""
+    n_forbidden = (~allowed).sum(-1, keepdim=True)
+    share = (FLOOR / n_forbidden.clamp(min=1)).to(log_probs.dtype).log()
+    kept = log_probs.masked_fill(~allowed, -math.inf)
+    kept = kept - kept.logsumexp(-1, keepdim=True) + math.log1p(-FLOOR)
+    masked = torch.where(allowed, kept, share)
+    has_both = (n_forbidden > 0) & allowed.any(-1, keepdim=True)
+    return torch.where(has_both, masked, log_probs)
+
+
+def find_allowed_pairs(tokenizer: sentencepiece.SentencePieceProcessor, bos_id: int) -> np.ndarray:
+    """Entry (a, b): whether `b` may stand after `a`. Documents start with BOS."""
+    merges = Merges(tokenizer)
+    size = tokenizer.vocab_size()
+    allowed = np.ones((size, size), dtype=bool)
+    forbid_merged_pairs(allowed, merges)
+    is_piece = np.isin(np.arange(size), list(merges.ids.values()))
+    is_byte = np.array([tokenizer.is_byte(i) for i in range(size)])
+    never = ~is_piece & ~is_byte
+    if not is_byte.any():
+        never[tokenizer.unk_id()] = False  # stands for what has no piece
+    never[merges.unreachable] = True
+    never[bos_id] = False
+    forbid_broken_characters(allowed, tokenizer, is_byte)
+    allowed[bos_id] &= can_begin_document(tokenizer, is_byte)
+    allowed[:, never] = False
+    allowed[bos_id, bos_id] = True  # an empty document
+    return allowed
+
+
+class State(NamedTuple):
+    """A piece on its way from characters to itself, between two merges."""
+
+    first: int  # the node at its left end
+    last: int  # and at its right end
+    next_rank: float  # of the merge that comes next within the piece
+
+
+class Merges:
+    """What the tokenizer merges, best first, and how it comes to each piece."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        self.ids: dict[str, int] = {}
+        for i in range(tokenizer.vocab_size()):
+            is_other = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+            if not is_other and not tokenizer.is_byte(i):
+                self.ids[tokenizer.id_to_piece(i)] = i
+        self.ranks = {piece: -tokenizer.get_score(i) for piece, i in self.ids.items()}
+        self.states: dict[int, list[State]] = {}
+        self.unreachable: list[int] = []
+        for piece, i in self.ids.items():
+            states = self.replay(piece)
+            if states:
+                self.states[i] = states
+            else:
+                self.unreachable.append(i)
+
+    def replay(self, piece: str) -> list[State]:
+        """The states of a piece from its characters to itself; none if it is spelled with other pieces."""
+        nodes = list(piece)
+        if any(node not in self.ids for node in nodes):
+            return []
+        steps = [(nodes[0], nodes[-1])]
+        ranks: list[float] = []
+        while len(nodes) > 1:
+            joined = [left + right for left, right in itertools.pairwise(nodes)]
+            best = min(range(len(joined)), key=lambda at: self.ranks.get(joined[at], math.inf))
+            if joined[best] not in self.ids:
+                return []
+            nodes[best : best + 2] = [joined[best]]
+            ranks.append(self.ranks[joined[best]])
+            steps.append((nodes[0], nodes[-1]))
+        return [
+            State(self.ids[first], self.ids[last], next_rank)
+            for (first, last), next_rank in zip(steps, [*ranks, math.inf])
+        ]
+
+
+def forbid_merged_pairs(allowed: np.ndarray, merges: Merges) -> None:
+    lasts: dict[int, dict[int, float]] = defaultdict(dict)  # by node, then piece: the worst rank that finds it there
+    firsts: dict[int, dict[int, float]] = defaultdict(dict)
+    for piece, states in merges.states.items():
+        for state in states:
+            lasts[state.last][piece] = max(state.next_rank, lasts[state.last].get(piece, -math.inf))
+            firsts[state.first][piece] = max(state.next_rank, firsts[state.first].get(piece, -math.inf))
+    for joined, rank in merges.ranks.items():
+        for at in range(1, len(joined)):
+            left_node, right_node = merges.ids.get(joined[:at]), merges.ids.get(joined[at:])
+            if left_node in lasts and right_node in firsts:
+                # of two merges of one rank the left comes first
+                left = [piece for piece, until in lasts[left_node].items() if until > rank]
+                right = [piece for piece, until in firsts[right_node].items() if until >= rank]
+                allowed[np.ix_(left, right)] = False
+
+
+def forbid_broken_characters(
+    allowed: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray
+) -> None:
+    """A first byte of a character is followed by another byte of it, and such a byte follows nothing else."""
+    size = len(is_byte)
+    value = np.full(size, -1)
+    for i in np.flatnonzero(is_byte):
+        value[i] = int(tokenizer.id_to_piece(int(i))[3:5], 16)
+    is_first = value >= 0xC0
+    is_later = (value >= 0x80) & (value < 0xC0)
+    allowed[np.ix_(is_first, ~is_later)] = False
+    allowed[np.ix_(~is_first & ~is_later, is_later)] = False
+    # no character begins with these, and ASCII that has a piece is never spelled as a byte
+    has_piece = [0 <= v < 0x80 and tokenizer.piece_to_id(chr(v)) != tokenizer.unk_id() for v in value]
+    allowed[:, np.isin(value, [0xC0, 0xC1, *range(0xF5, 0x100)]) | np.array(has_piece)] = False
+
+
+def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray) -> np.ndarray:
+    """Where the tokenizer puts a space in front of every text, only pieces that begin with one come first."""
+    if not tokenizer.encode("a", out_type=str)[0].startswith(SPACE):
+        return np.ones(len(is_byte), dtype=bool)
+    return np.array([tokenizer.id_to_piece(i).startswith(SPACE) for i in range(len(is_byte))])
 # ==== loopgolf/coder.py ====
 """A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
 
@@ -1661,10 +1952,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.rounding import dequantize_rows, quantize_rows, round_to_grid_ref
+from kernels.rounding import STEP_BITS, dequantize_rows, quantize_rows, round_to_grid_ref
 
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 HALF_BYTES = 1.7  # of an fp16 number in the file, compressed a little
+EXPONENT_BITS = 1.4  # of a row's step in the file: steps of one matrix are alike
 SAMPLED_ROWS = 256  # are enough to measure the entropy of a matrix
 
 
@@ -1717,6 +2009,7 @@ class RowGrid:
 
     bits: int
     k: float = 1.0
+    step_bits: int = STEP_BITS  # that the mantissa of a step keeps
 
     @property
     def scheme(self) -> str:
@@ -1732,18 +2025,18 @@ class RowGrid:
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
         if hessian is not None:
             return round_with_feedback(weight, hessian, self)
-        return list(quantize_rows(weight, self.largest, self.k))
+        return list(quantize_rows(weight, self.largest, self.k, self.step_bits))
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         codes, step = stored
         return dequantize_rows(codes, step)
 
     def write_rounded(self, weight: Tensor, out: Tensor) -> None:
-        round_to_grid_ref(weight, out, self.largest, self.k)
+        round_to_grid_ref(weight, out, self.largest, self.k, self.step_bits)
 
     def expected_bytes(self, shape: tuple[int, ...], weight: Tensor | None = None) -> float:
         bits = self.gaussian_bits() if weight is None else self.measure_bits(weight)
-        return CODER_SHARE * bits * math.prod(shape) / 8 + 2 * shape[0]
+        return CODER_SHARE * bits * math.prod(shape) / 8 + (EXPONENT_BITS + self.step_bits) * shape[0] / 8
 
     def is_valid(self, stored: Sequence[Tensor]) -> bool:
         codes, step = stored
@@ -1806,7 +2099,7 @@ def compute_bits(weights: Tensor) -> float:
 def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[Tensor]:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error moves the columns that are still open
     so that the outputs change least. Columns go by falling energy."""
-    _, step = quantize_rows(weight, grid.largest, grid.k)
+    _, step = quantize_rows(weight, grid.largest, grid.k, grid.step_bits)
     order = hessian.diagonal().argsort(descending=True)
     open_weight = weight.float()[:, order]
     hessian = hessian[order][:, order].float()
@@ -1829,6 +2122,68 @@ def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[
         open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
     codes = torch.zeros_like(codes).index_copy(1, order, codes)
     return [codes.to(torch.int8), step]
+# ==== loopgolf/recall.py ====
+"""Predictions from memory: what came after similar states earlier in the document (a neural cache: Grave, Joulin and
+Usunier 2016, arXiv:1612.04426).
+
+    recall = Recall(share, sharpness, bos_id)              of a batch of windows
+    recall.add(inputs, states)                             (rows, T), (rows, T, D): their next positions
+    log_probs = recall.mix(log_probs, owners, places)      (n, V): of positions `places` in the windows `owners`
+
+A small model hardly learns to repeat what stands above. Here the state of a position is compared with those before it
+in its document, as far as its window goes, whose next tokens are known by then: each of these tokens gets a weight that
+grows with the similarity, and `share` of the prediction goes by these weights. Both numbers are settings, fixed before
+a text is seen. A distribution still depends on earlier tokens only and sums to 1, and nothing of it lies in the file.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Recall:
+    def __init__(self, share: float, sharpness: float, bos_id: int):
+        self.share = share
+        self.sharpness = sharpness
+        self.bos_id = bos_id
+        self.inputs: Tensor | None = None  # (rows, L)
+        self.directions: Tensor | None = None  # (rows, L, D): states of length 1
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, states: Tensor) -> None:
+        directions = F.normalize(states.float(), dim=-1)
+        if self.inputs is not None and self.directions is not None:
+            inputs = torch.cat((self.inputs, inputs), 1)
+            directions = torch.cat((self.directions, directions), 1)
+        self.inputs, self.directions = inputs, directions
+
+    def mix(self, log_probs: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        """The first position of a document has nothing to recall and keeps its prediction."""
+        mixed = log_probs.clone()
+        for row in owners.unique().tolist():
+            of_row = owners == row
+            shares, is_known = self.recall(row, places[of_row], log_probs.shape[1])
+            recalled = math.log(self.share) + shares.clamp_min(1e-30).log().to(log_probs.dtype)
+            own = math.log1p(-self.share) + log_probs[of_row]
+            mixed[of_row] = torch.where(is_known[:, None], torch.logaddexp(own, recalled), log_probs[of_row])
+        return mixed
+
+    def recall(self, row: int, places: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """What followed earlier states, by their similarity to those at `places` (n, V), and where there were some."""
+        assert self.inputs is not None and self.directions is not None
+        inputs, directions = self.inputs[row], self.directions[row]
+        document = (inputs == self.bos_id).cumsum(0)
+        earlier = torch.arange(len(inputs), device=inputs.device) < places[:, None]
+        seen = (earlier & (document == document[places][:, None]))[:, :-1]  # nothing is known to follow the last state
+        similar = self.sharpness * (directions[places] @ directions[:-1].T - 1)
+        weights = torch.where(seen, similar.exp(), 0.0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        shares = weights.new_zeros(len(places), vocab_size)
+        return shares.scatter_add_(1, inputs[1:].expand(len(places), -1), weights), seen.any(-1)
 # ==== loopgolf/runtime.py ====
 """One process of a run: its rank, where and in what it computes, its log, its clock, its files, the signals that it
 gets, what its machine needs, and how it ends. The ranks of a run only ever agree through the methods of RunContext.
@@ -2085,6 +2440,9 @@ class Scoring:
     seq_len: int = option(2048, "tokens in a training sequence and in a scoring window", low=2, high=2**20)
     score_mode: str = option("sgd", "how val_bpb is computed")
     score_batch: int = option(32, "windows in one forward pass of a rank while scoring", low=1, high=65536)
+    canonical: bool = option(False, "what the tokenizer could never write next gets almost no probability")
+    recall_share: float = option(0.0, "part of a prediction that repeats what followed similar states", high=0.9)
+    recall_sharpness: float = option(16.0, "how similar those have to be, by the cosine of two states")
     stride: int = option(64, "sliding: tokens that a window scores", low=1)
     band: int = option(0, "banded and lora: positions that a position attends to (0 = seq_len)")
     ttt_chunk: int = option(32768, "sgd: tokens that are scored before the weights adapt to them", low=1)
@@ -2135,6 +2493,26 @@ class Model(Protocol):
     def __call__(self, tokens: Tensor, targets: Tensor) -> Any: ...
 
 
+class Mask(Protocol):
+    """What a tokenizer rules out."""
+
+    def __call__(self, previous: Tensor, log_probs: Tensor) -> Tensor:
+        """Log-probabilities (n, V) after tokens `previous` (n,), without what can never come next."""
+
+    def check_text(self, tokens: Tensor) -> None:
+        """Refuses a text in which something stands that the mask rules out."""
+
+
+class Memory(Protocol):
+    """What stands above in a batch of windows, and what it says of the next tokens."""
+
+    def add(self, inputs: Tensor, states: Tensor) -> None:
+        """The next positions of the windows: inputs (rows, T) and their states (rows, T, D)."""
+
+    def mix(self, log_probs: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        """log_probs (n, V), with what the windows `owners` (n,) hold before and at their positions `places` (n,)."""
+
+
 class Meter(Protocol):
     """What is told every distribution."""
 
@@ -2166,6 +2544,16 @@ class Window(NamedTuple):
     start: int
     first: int
     stop: int
+
+
+class Scored(NamedTuple):
+    """States that predict targets."""
+
+    positions: Tensor  # (n,): of the targets in the text
+    states: Tensor  # (n, D)
+    owners: Tensor  # (n,): the window of each, by its place in the batch
+    places: Tensor  # (n,): of each state in its window
+    memory: Memory | None
 
 
 @dataclass(frozen=True)
@@ -2243,6 +2631,8 @@ class WindowScorer:
         self.rows = config.score_batch  # windows in a forward pass
         self.lora: dict[str, dict[str, Adapter]] = {}
         self.on_pass: OnPass | None = None
+        self.mask: Mask | None = None
+        self.build_memory: Callable[[], Memory] | None = None
         self.updates = 0  # adaptation: updates made
         self.skipped = 0  # and updates that the time did not allow
         self.update_s = 0.0  # seconds of the slowest update
@@ -2263,10 +2653,10 @@ class WindowScorer:
     def tracks(self, tokens: Tensor) -> list[Track]:
         return [[self.windows(len(tokens))]]
 
-    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions of targets, states that predict them, and the window of each, in blocks of seq_len inputs. The
-        windows, at most `rows` of them, are padded to one shape if that saves compilation: what stands after a token,
-        or in another row, cannot change its states."""
+    def scored_states(self, tokens: Tensor, windows: list[Window]) -> Iterator[Scored]:
+        """The states that predict the targets of the windows, in blocks of seq_len inputs. The windows, at most `rows`
+        of them, are padded to one shape if that saves compilation: what stands after a token, or in another row, cannot
+        change its states."""
         block = self.config.seq_len
         rows = self.rows if self.model.is_compiled else len(windows)
         inputs = torch.full((rows, self.length), self.config.bos_id)
@@ -2276,13 +2666,17 @@ class WindowScorer:
         lora = self.first_rows_of_lora(rows)
         has_past = self.length > block or self.band < block
         cache = Cache(self.band) if has_past else None
+        memory = self.build_memory() if self.build_memory else None
         for at in range(0, max(w.stop - 1 - w.start for w in windows), block):
             piece = inputs[:, at : at + block]
             self.forwarded += piece.numel()
             states = self.model.hidden(piece, cache=cache, lora=lora, on_pass=self.on_pass)
+            if memory:
+                memory.add(piece, states)
             positions: list[int] = []
             scored: list[Tensor] = []
             owners: list[int] = []
+            places: list[int] = []
             for row, (w, row_states) in enumerate(zip(windows, states)):
                 begin = w.start + at
                 first, stop = max(w.first - 1, begin), min(w.stop - 1, begin + block)  # inputs that predict a target
@@ -2290,8 +2684,16 @@ class WindowScorer:
                     positions += range(first + 1, stop + 1)
                     scored.append(row_states[first - begin : stop - begin])
                     owners += [row] * (stop - first)
+                    places += range(first - w.start, stop - w.start)
             if positions:
-                yield torch.tensor(positions), torch.cat(scored), torch.tensor(owners).to(self.ctx.device)
+                device = self.ctx.device
+                yield Scored(
+                    positions=torch.tensor(positions),
+                    states=torch.cat(scored),
+                    owners=torch.tensor(owners).to(device),
+                    places=torch.tensor(places).to(device),
+                    memory=memory,
+                )
 
     def first_rows_of_lora(self, rows: int) -> Lora:
         return {
@@ -2302,8 +2704,15 @@ class WindowScorer:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, windows: list[Window]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every target of the windows once: positions (n,), and log-probabilities (n, V) over the whole vocabulary."""
-        for positions, states, owners in self.scored_states(tokens, windows):
-            yield positions, self.predict(states, owners)
+        for scored in self.scored_states(tokens, windows):
+            yield scored.positions, self.distribution(tokens[scored.positions - 1], scored)
+
+    def distribution(self, previous: Tensor, scored: Scored) -> Tensor:
+        """Log-probabilities (n, V) of what comes after `previous` (n,), as they are scored and coded."""
+        log_probs = self.predict(scored.states, scored.owners)
+        if scored.memory:
+            log_probs = scored.memory.mix(log_probs, scored.owners, scored.places)
+        return self.mask(previous, log_probs) if self.mask else log_probs
 
     def predict(self, states: Tensor, owners: Tensor) -> Tensor:
         """States (n, D) to log-probabilities (n, V). `owners`: the window of each, by its place in the batch."""
@@ -2540,13 +2949,22 @@ class MasterWeights:
         self.flat_grad = next(iter(self.weights.values())).new_zeros(sum(sizes))
         for weight, view in zip(self.weights.values(), self.flat_grad.split(sizes)):
             weight.grad = view.view_as(weight)
+        # weights of one format and width are rounded as one matrix: small ones cost calls, not arithmetic
+        self.alike: dict[tuple[Format, torch.Size, torch.dtype], list[str]] = {}
+        for name, parameter in parameters.items():
+            key = (self.formats[name], parameter.shape[1:], parameter.dtype)
+            self.alike.setdefault(key, []).append(name)
 
     def accumulate(self) -> None:
         """Moves the gradients of the model into the float32 sum: a bf16 sum would drop small terms."""
+        sums, terms = [], []
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self.grad(name).add_(parameter.grad)
+                sums.append(self.grad(name))
+                terms.append(parameter.grad)
                 parameter.grad = None
+        if terms:
+            torch._foreach_add_(sums, terms)
 
     def grad(self, name: str) -> Tensor:
         """The piece of the flat gradient that belongs to a weight."""
@@ -2557,8 +2975,12 @@ class MasterWeights:
     @torch.no_grad()
     def write_quantized(self) -> None:
         """Writes the weights to the model, rounded as they will be stored."""
-        for name, weight in self.weights.items():
-            self.formats[name].write_rounded(weight, self.parameters[name])
+        for (form, _, dtype), names in self.alike.items():
+            rows = torch.cat([self.weights[name] for name in names])
+            rounded = torch.empty_like(rows, dtype=dtype)
+            form.write_rounded(rows, rounded)
+            parameters: list[Tensor] = [self.parameters[name] for name in names]
+            torch._foreach_copy_(parameters, rounded.split([len(p) for p in parameters]))
 
     def detached(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self.weights.items()}
@@ -2720,10 +3142,10 @@ from torch.utils.checkpoint import checkpoint
 
 from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
-from kernels.head import head_loss_ref, softcap_logits
-from kernels.newton_schulz import orthogonalize_ref
+from kernels.head import head_loss_torch, softcap_logits
+from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
-from loopgolf.cache import Cache, KeysValues
+from loopgolf.cache import Cache, Kept, KeysValues
 from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
 from loopgolf.layers import Adapter, Linear, Norms, Table, rms_norm
 from loopgolf.options import (
@@ -2759,7 +3181,7 @@ from loopgolf.runtime import (
     print_error,
     write_atomic,
 )
-from loopgolf.scoring import BpbMeter, ByteCounter, Lora, OnPass, Score, Scoring, WindowScorer, score_tokens
+from loopgolf.scoring import BpbMeter, ByteCounter, Lora, Mask, OnPass, Score, Scoring, WindowScorer, score_tokens
 from loopgolf.source import find_counted, hash_files
 from loopgolf.state import MasterWeights, TrainState, WeightAverage, load_checkpoint, save_checkpoint
 
@@ -2780,6 +3202,10 @@ class Architecture:
     bptt: int = option(0, "gradients flow through this many last repetitions of the *r group (0 = all)")
     score_depth: int = option(0, "repetitions while scoring (0 = depth)", high=256)
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
+    skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
+    parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
+    look_back: int = option(0, "positions before its own whose channels attention reads, each channel weighed", high=64)
+    depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
     model_dim: int = option(1024, "width of the residual stream", low=2, high=65536)
     inject: str = option("concat", "how ^ mixes the kept stream in: a matrix on both, or", choices=("concat", "add"))
     block_norm: str = option("pre", "norms before attention and MLP, or also after", choices=("pre", "sandwich"))
@@ -2787,9 +3213,11 @@ class Architecture:
     embed_norm: bool = option(True, "norm the embeddings")
     pass_scales: bool = option(True, "every pass mixes the embedding in and scales what its block adds, per channel")
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
+    early_reach: int = option(0, "visits of a block before its last one look back so far at most (0 = as the last)")
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
     mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
+    mlp_slope: float = option(0.0, "slope of the squared ReLU below zero, before the square", high=1)
     moe_experts: int = option(0, "SwiGLU experts that tokens are sent to, besides the MLP (0 = none)", high=65536)
     moe_hidden: int = option(1024, "hidden width of an expert", low=1, high=65536)
     moe_top: int = option(2, "experts that each token is sent to", low=1, high=65536)
@@ -2801,6 +3229,7 @@ class Architecture:
     rope_base: float = option(10000.0, "slowest wavelength of the rotation, in tokens over 2 pi", low=1)
     qk_norm: bool = option(True, "norm queries and keys")
     q_gain: float = option(1.5, "initial gain on the queries of a head (0 = no gain)")
+    head_gate: int = option(0, "first channels of the stream that decide how open each head is (0 = all are)")
     xsa_passes: str = option("all", "passes with exclusive self attention: none, all, last4 or 3,5,6")
     ve_passes: str = option("last2", "passes whose values get a token's value embedding (same forms)")
     ve_dim: int = option(128, "width of the value embedding table", low=1, high=65536)
@@ -2834,11 +3263,12 @@ class Size:
     edge_k: float = option(12.85, "the same for all other matrices", low=0.1)
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
+    step_bits: int = option(10, "bits that the mantissa of a row's step keeps: fewer take fewer bytes", high=10)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
-    code_reserve: int = option(32_000, "bytes that a run sets aside for the code (0 = code does not count)")
+    code_reserve: int = option(36_000, "bytes that a run sets aside for the code (0 = code does not count)")
 
 
 @dataclass(frozen=True)
@@ -2851,6 +3281,8 @@ class Training:
     sample_depth: bool = option(False, "draw r for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
     optimizer: str = option("muon", "of the matrices, with Adam for the rest; or of everything")
     batch_tokens: int = option(524288, "tokens in one optimizer step, over all ranks", low=1)
+    batches: str = option("", "smaller batches at first, each to a fraction of the budget: 1024:0.1,1536:0.3")
+    contexts: str = option("", "shorter contexts at first, in the same form")
     micro_batch: int = option(0, "sequences in one forward pass of a rank; more are accumulated (0 = all)")
     checkpoint_passes: bool = option(False, "keep only the input of every pass and compute it again for the gradient")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
@@ -2859,6 +3291,11 @@ class Training:
     momentum: float = option(0.99, "Muon: momentum", high=1)
     momentum_start: float = option(0.85, "Muon: momentum at the first step", high=1)
     momentum_warmup: float = option(0.084, "fraction of the budget over which the momentum rises", high=1)
+    slow_momentum: float = option(0.0, "Muon: a second, slower momentum that is mixed in (0 = none)", high=0.9999)
+    slow_share: float = option(0.56, "Muon: its share", high=1)
+    row_norm: bool = option(False, "Muon: rows of the momentum get one norm before it is orthogonalized")
+    newton_schulz: str = option("jordan", "Muon: coefficients of its five iterations")
+    cautious_decay: bool = option(False, "Muon: decay only weights that the update makes smaller, too")
     weight_decay: float = option(0.04, "decay of matrices and tables, times the learning rate")
     beta1: float = option(0.9, "Adam: memory of the gradient", high=0.9999)
     beta2: float = option(0.95, "Adam: memory of the squared gradient", high=0.9999)
@@ -2903,7 +3340,7 @@ class Config(Run, Size, Training, Stored):
 
     def __post_init__(self) -> None:
         check_limits(self)
-        for name in ("optimizer", "score_mode"):
+        for name in ("optimizer", "newton_schulz", "score_mode"):
             check_choice(name, getattr(self, name), list_choices(name))
         for word in self.also.split(","):
             check_choice("also", word, list_choices("also"))
@@ -2923,8 +3360,10 @@ class Config(Run, Size, Training, Stored):
             self.require("model_dim", self.model_dim % 8 == 0, "must be divisible by 8")
             self.require("moe_top", self.moe_top <= self.moe_experts, f"must be at most moe_experts={self.moe_experts}")
             self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
-        has_whole_sequences = self.batch_tokens % self.seq_len == 0
-        self.require("batch_tokens", has_whole_sequences, f"must be divisible by seq_len={self.seq_len}")
+        for batch_tokens, seq_len in list_shapes(self):
+            has_whole_sequences = batch_tokens % seq_len == 0
+            self.require("batch_tokens", has_whole_sequences, f"{batch_tokens} is not divisible by seq_len={seq_len}")
+            self.require("contexts", seq_len <= self.seq_len, f"must be at most seq_len={self.seq_len}")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
         fits_head = self.rope_dims <= self.head_width
         self.require("rope_dims", fits_head, f"must be at most {self.head_width}, the width of a head")
@@ -2944,7 +3383,9 @@ class Config(Run, Size, Training, Stored):
         self.require("bptt", keeps_gradient, "needs ^ in the *r group, or nothing before the group would learn")
         is_known = set(self.ttt_freeze) <= set(plan.names)
         self.require("ttt_freeze", is_known, f"the plan has only the blocks {plan.names}")
-        for name in ("xsa_passes", "ve_passes"):
+        has_one_norm = self.parallel_passes == "none" or not self.norm_weights
+        self.require("parallel_passes", has_one_norm, "needs norms without weights, for both read through one")
+        for name in ("xsa_passes", "ve_passes", "parallel_passes"):
             parse_pass_set(name, getattr(self, name), plan.count_passes(self.table_repetitions))
 
     @property
@@ -2983,14 +3424,28 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pocket": dict(
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
-        bigram_buckets=0, ve_dim=16, doc_attention=True, vocab_size=2048, byte_limit=160_000, code_reserve=0,
-        embed_k=60.0, table_k=60.0,
-        seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
-        matrix_lr=0.02, table_lr=0.025, vector_lr=0.08, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=16,
+        doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3,
+        matrix_lr=0.03, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
         text_sha256="40a1950b90fe8120fddb08831776461ec933e9e88f6265c1c1e1fca8a5058f49",
         data_path="data/local", checkpoint_every_s=30.0,
+    ),
+    "golf": dict(
+        # our entry for the challenge: two blocks, a core of three that runs three times, two blocks, at the width that
+        # fills 16 MB. Not trained at this size yet; records/studies/2026-11-30_Golf has what its parts are worth
+        plan="ab(cde)*3fg", loop_start=0.35, model_dim=640, num_heads=10, num_kv_heads=5, mlp_mult=4.0, mlp_slope=0.5,
+        q_gain=5.0, parallel_passes="all", look_back=3, early_reach=512, skip_gates=True, head_gate=12,
+        depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
+        data_path="data/fineweb_sp8192",
+        embed_bits=7, embed_k=15.0, step_bits=3, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
+        matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
+        newton_schulz="polar_express", row_norm=True,
+        average="ema", average_start=0.5, average_every=1, ema_decay=0.9965,
+        canonical=True, recall_share=0.02, score_mode="banded",
     ),
     "frontier": dict(
         # light sharing as in the record holders, parameter-golf #1394 and after: 11 blocks, three of them run 3 times
@@ -3051,6 +3506,7 @@ def list_choices(name: str) -> list[str]:
     tables = {
         "recipe": list(RECIPES),
         "optimizer": list(OPTIMIZERS),
+        "newton_schulz": list(COEFFICIENTS),
         "score_mode": list(SCORERS),
         "also": ["trained", "averaged", *SCORERS, "none"],
     }
@@ -3070,7 +3526,7 @@ def parse_config(argv: list[str], environ: dict[str, str]) -> tuple[Config, dict
     elif given.get("score"):
         origin, base = "file", settings_of_file(Path(given["score"]), given)
     else:
-        recipe = given.get("recipe", "4b7l" if torch.cuda.is_available() else "pocket")
+        recipe = given.get("recipe", "golf" if torch.cuda.is_available() else "pocket")
         origin, base = "recipe", settings_of_recipe(recipe)
     values: dict[str, Any] = {}
     source: dict[str, str] = {}
@@ -3162,7 +3618,7 @@ class TrainingText:
     def read(self, consumed: int, count: int, length: int) -> Tensor:
         """(count, length + 1) tokens, the next ones after those consumed."""
         starts = self.order.starts(consumed, count, length)
-        return torch.from_numpy(self.stream.read_windows(starts, length + 1).astype(np.int64))
+        return torch.from_numpy(self.stream.read_windows(starts, length + 1))
 
     def ends_round(self, consumed: int) -> bool:
         """Whether batch and context may change now."""
@@ -3236,9 +3692,25 @@ def settings_at(config: Config, progress: float, step: int) -> Settings:
         lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
         momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
         depth=ONCE if progress < config.loop_start else draw_depth(config, step),
-        batch_tokens=config.batch_tokens,
-        seq_len=config.seq_len,
+        batch_tokens=value_at(progress, parse_stages("batches", config.batches), config.batch_tokens),
+        seq_len=value_at(progress, parse_stages("contexts", config.contexts), config.seq_len),
     )
+
+
+def parse_stages(name: str, text: str) -> list[tuple[int, float]]:
+    """`1024:0.1,1536:0.3`: values and the fractions of the budget to which they hold."""
+    try:
+        stages = [(int(value), float(end)) for value, end in (part.split(":") for part in text.split(",") if text)]
+    except ValueError:
+        raise ConfigError(f"{name}={text}: has the form 1024:0.1,1536:0.3, a value and where it ends") from None
+    ends = [end for _, end in stages]
+    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends) or any(value < 1 for value, _ in stages):
+        raise ConfigError(f"{name}={text}: values are above 0, their ends rise between 0 and 1")
+    return stages
+
+
+def value_at(progress: float, stages: list[tuple[int, float]], last: int) -> int:
+    return next((value for value, end in stages if progress <= end), last)
 
 
 def draw_depth(config: Config, step: int) -> Depth:
@@ -3323,7 +3795,11 @@ class PassRow(NamedTuple):
     loop: Tensor | None  # (D,): what a mixture of experts knows of the visit
     value: Tensor | None  # (B, T, kv heads * K): added to the values
     is_xsa: bool
-    past: KeysValues | None = None  # of earlier positions
+    is_parallel: bool = False  # the MLP reads what attention reads
+    depth_scale: Tensor | None = None  # (): of what both read
+    reach: int = MOST  # positions that attention looks back at most
+    back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
+    past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
     lora: Mapping[str, Adapter] = {}  # by layer
 
@@ -3335,12 +3811,16 @@ class PassTable(DeclaringModule):
     scales: nn.Parameter | None
     adapters: nn.Parameter | None
     skips: nn.Parameter | None
+    skip_gates: nn.Parameter | None
+    backs: nn.Parameter | None
     value_scales: nn.Parameter | None
+    depth_scales: Tensor | None
 
     def __init__(self, config: Config, n_slots: int):
         super().__init__()
         P, D = n_slots, config.model_dim
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
+        self.parallel = parse_pass_set("parallel_passes", config.parallel_passes, P)
         value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
         self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
         # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
@@ -3349,8 +3829,16 @@ class PassTable(DeclaringModule):
         self.declare("mixes", (P, 2, D), vector(stream_only), when=config.pass_scales)
         self.declare("scales", (P, 2, D), vector(start_at(1.0)), when=config.pass_scales)
         self.declare("adapters", (P, 2, D, config.adapter_rank), vector(no_op), when=config.adapter_rank > 0)
-        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=config.skips == "unet" and P > 1)
+        has_skips = config.skips == "unet" and P > 1
+        self.declare("skips", (P // 2, D), vector(start_at(1.0)), when=has_skips)
+        # parameter-golf #1089
+        self.declare("skip_gates", (P // 2, D), vector(start_at(0.0)), when=has_skips and config.skip_gates)
+        # Canon layers: arXiv:2512.17351
+        self.declare("backs", (P, config.look_back, D), vector(start_at(0.0)), when=config.look_back > 0)
         self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
+        # parameter-golf #315
+        depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
+        self.register_buffer("depth_scales", depth_scales, persistent=False)
 
     def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
         """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
@@ -3360,12 +3848,26 @@ class PassTable(DeclaringModule):
         scaled_value = None
         if slot in self.value_rows and value is not None and self.value_scales is not None:
             scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
-        return PassRow(mix, scale, adapter, loop, scaled_value, slot in self.xsa)
+        depth_scale = None if self.depth_scales is None else self.depth_scales[slot]
+        return PassRow(
+            mix=mix,
+            scale=scale,
+            adapter=adapter,
+            loop=loop,
+            value=scaled_value,
+            is_xsa=slot in self.xsa,
+            is_parallel=slot in self.parallel,
+            depth_scale=depth_scale,
+            back=None if self.backs is None else self.backs[slot],
+        )
 
-    def skip(self, index: int) -> Tensor:
-        """Weight of what pass `index` left for its mirror image in the second half."""
+    def join(self, index: int, x: Tensor, left: Tensor) -> Tensor:
+        """The stream and what pass `index` left for its mirror image in the second half."""
         assert self.skips is not None
-        return self.skips[index]
+        left = self.skips[index].to(x.dtype) * left
+        if self.skip_gates is None:
+            return x + left
+        return torch.lerp(left, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
 
 class Stream(NamedTuple):
@@ -3378,8 +3880,22 @@ class Stream(NamedTuple):
     docs: Tensor | None  # (B, L): numbers of documents, if they matter
 
 
+def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each position with the n before it in its document, per channel: a short causal convolution. x (B, T, D); weights
+    (n, D); docs (B, L). And what the last n positions have read."""
+    n, (B, T, D) = len(weights), x.shape
+    earlier = past.read if past is not None else None
+    line = torch.cat((x.new_zeros(B, n, D) if earlier is None else earlier, x), 1)
+    docs = F.pad(docs, (n, 0), value=-1)[:, -T - n :]  # of no document
+    for lag in range(1, n + 1):
+        is_same = docs[:, n:] == docs[:, n - lag : -lag]
+        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
+    return x, line[:, -n:]
+
+
 class Attention(DeclaringModule):
     q_gain: nn.Parameter | None
+    gate: nn.Parameter | None
 
     def __init__(self, config: Config, grid: str, dtype: torch.dtype, reach: int):
         super().__init__()
@@ -3388,34 +3904,45 @@ class Attention(DeclaringModule):
         self.kv_heads = kv_heads
         self.reach = reach  # positions that it looks back at most
         self.qk_norm = config.qk_norm
+        self.stays_in_document = config.doc_attention
         parts = (heads * K, kv_heads * K, kv_heads * K)
         # a gain on normed queries: parameter-golf #1125
         self.declare("q_gain", (heads,), vector(start_at(config.q_gain)), when=config.q_gain != 0)
+        # parameter-golf #1667, #1787
+        self.declare("gate", (heads, config.head_gate), vector(start_at(0.0)), when=config.head_gate > 0)
         self.qkv = Linear(D, parts, dtype, grid, start_orthogonal(parts))
         self.out = Linear(heads * K, (D,), dtype, grid, start_at(0.0))
 
     def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None]:
         """(B, T, D) to the same, and all keys and values if they are kept."""
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
-        if row.value is not None:
-            v = v + row.value
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
-        own_value = v
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
-            past_keys, past_values = row.past
-            k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
+        T = x.shape[1]
+        q, k, v = self.project(x, row)
+        own_value = v[:, -T:]
         kept = (k, v) if row.keeps else None
         q = rotate(q, stream.cos[-T:], stream.sin[-T:])
         k = rotate(k, stream.cos, stream.sin)
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attend(q, k, v, min(stream.window, self.reach), stream.docs)
+        docs = stream.docs if self.stays_in_document else None
+        y = attend(q, k, v, min(stream.window, self.reach, row.reach), docs)
         if row.is_xsa:
             y = self.exclude_own_value(y, own_value)
+        if self.gate is not None:
+            y = self.open_heads(y, x)
         return self.out(y, row.lora.get("out")), kept
+
+    def project(self, x: Tensor, row: PassRow) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values of all positions in sight, (B, L, kv heads, K) each."""
+        q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
+        if row.value is not None:
+            v = v + row.value
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if row.past is not None:  # keys are kept unrotated: only distances matter, so a window rotates from 0 each time
+            past_keys, past_values = row.past.keys_values
+            k, v = torch.cat((past_keys, k), 1), torch.cat((past_values, v), 1)
+        return q, k, v
 
     def exclude_own_value(self, y: Tensor, own_value: Tensor) -> Tensor:
         """Nothing along a position's own value (exclusive self attention, arXiv:2603.09078, parameter-golf #198)."""
@@ -3424,11 +3951,18 @@ class Attention(DeclaringModule):
         unit = F.normalize(own_value, dim=-1).unsqueeze(3)
         return (y - (y * unit).sum(-1, keepdim=True) * unit).view(B, T, -1)
 
+    def open_heads(self, y: Tensor, x: Tensor) -> Tensor:
+        """Each head as far as the first channels of the stream open it; at the start just as it is."""
+        assert self.gate is not None
+        opening = 2 * torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+        return (y.unflatten(-1, (-1, self.head_dim)) * opening[..., None]).flatten(-2)
+
 
 class MLP(nn.Module):
     def __init__(self, config: Config, grid: str, dtype: torch.dtype):
         super().__init__()
         self.is_gated = config.mlp == "swiglu"
+        self.slope = config.mlp_slope
         parts = (config.mlp_dim, config.mlp_dim) if self.is_gated else (config.mlp_dim,)
         self.up = Linear(config.model_dim, parts, dtype, grid, start_orthogonal(parts))
         self.down = Linear(config.mlp_dim, (config.model_dim,), dtype, grid, start_at(0.0))
@@ -3439,7 +3973,7 @@ class MLP(nn.Module):
             gate, y = y.chunk(2, -1)
             y = F.silu(gate) * y
         else:
-            y = F.relu(y).square()
+            y = F.leaky_relu(y, self.slope).square()  # parameter-golf #493
         return self.down(y, lora.get("down"))
 
 
@@ -3463,25 +3997,36 @@ class Block(DeclaringModule):
         self.mlp = MLP(config, grid, dtype)
         self.moe = build_mixture(config, grid, dtype, visits) if config.moe_experts else None
 
-    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, KeysValues | None, Tensor | None]:
-        """The stream (B, T, D) after this pass; all keys and values if they are kept; the losses of the mixture."""
+    def forward(self, x: Tensor, row: PassRow, stream: Stream) -> tuple[Tensor, Kept | None, Tensor | None]:
+        """The stream (B, T, D) after this pass; what is kept of it; the losses of the mixture."""
         if row.mix is not None:
             mix = row.mix.to(x.dtype)
             x = mix[0] * x + mix[1] * stream.x0
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        y, kept = self.attention(self.norms(x, "attention"), row, stream)
+        seen, last_seen = self.read(x, "attention", row), None
+        if row.back is not None and stream.docs is not None:
+            seen, last_seen = look_back(seen, row.back, row.past, stream.docs)
+        y, keys_values = self.attention(seen, row, stream)
         x = add_scaled(x, y, row.scale, 0)
         if self.is_sandwich:
             x = self.norms(x, "attention_out")
-        y, losses = self.mlp(self.norms(x, "mlp"), row.lora), None
+        if not row.is_parallel:  # parameter-golf #1412
+            seen = self.read(x, "mlp", row)
+        y, losses = self.mlp(seen, row.lora), None
         if self.moe is not None:
-            y, losses = self.moe.add_to(y, self.norms(x, "moe"), row.loop)
+            seen = seen if row.is_parallel else self.read(x, "moe", row)
+            y, losses = self.moe.add_to(y, seen, row.loop)
         x = add_scaled(x, y, row.scale, 1)
         if self.is_sandwich:
             x = self.norms(x, "mlp_out")
-        return x, kept, losses
+        return x, None if keys_values is None else Kept(keys_values, last_seen), losses
+
+    def read(self, x: Tensor, name: str, row: PassRow) -> Tensor:
+        """The stream, normed, as attention or MLP reads it."""
+        x = self.norms(x, name)
+        return x if row.depth_scale is None else row.depth_scale.to(x.dtype) * x
 
     def loop_row(self, visit: int) -> Tensor | None:
         """What the mixture knows of a visit."""
@@ -3548,7 +4093,7 @@ class LoopedGPT(DeclaringModule):
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
         self.run_block = compile_in(("block",), compile_mode, Block.forward)
-        self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_ref)
+        self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_torch)
 
     def reach_of(self, block: int) -> int:
         """Positions that a block looks back at most."""
@@ -3610,19 +4155,22 @@ class LoopedGPT(DeclaringModule):
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
+        blocks = [p.block for p in passes]
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
-                name = self.plan.names[p.block]
-                block = self.block(name)
                 for group in p.enter:
                     entered[group] = x
                 for group in p.inject:
                     x = self.mix_in(group, entered[group], x)
                 if n_skips <= index < 2 * n_skips:
                     mirror = 2 * n_skips - 1 - index
-                    x = x + self.passes.skip(mirror).to(x.dtype) * pushed[mirror]
+                    x = self.passes.join(mirror, x, pushed[mirror])
+                name = self.plan.names[p.block]
+                block = self.block(name)
                 row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
+                if p.block in blocks[index + 1 :]:
+                    row = row._replace(reach=self.config.early_reach or MOST)
                 if cache:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
                     row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
@@ -3668,7 +4216,7 @@ class LoopedGPT(DeclaringModule):
         past = cache.length if cache else 0
         seen = self.seen_tokens(tokens, cache)
         docs = None
-        if self.config.doc_attention:
+        if self.config.doc_attention or self.config.look_back:
             docs = (seen[:, -past - T :] == self.config.bos_id).cumsum(1, dtype=torch.int32)
         cos, sin = build_rotation(past + T, self.config.rope_dims, self.config.rope_base, self.embed.weight)
         window = cache.window if cache else self.config.seq_len
@@ -3728,12 +4276,14 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     weighed_r = learned_r + (mean_r - learned_r) / 3
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
+    owners = model.plan.slot_owners(config.table_repetitions)
     for p in model.plan.passes(Depth(1), config.table_repetitions):
         block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)
-        reach = min(T, block.attention.reach)
+        is_last_visit = p.visit == owners.count(p.block) - 1
+        reach = min(T, block.attention.reach, MOST if is_last_visit else (config.early_reach or MOST))
         keys = reach - reach**2 / (2 * T)  # that a query sees on average
         times = 1.0 if p.repetitions_left is None else weighed_r
         total += times * (6 * weights + 12 * config.num_heads * config.head_width * keys)
@@ -3747,45 +4297,88 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
 # tables and vectors; or one optimizer takes all.
 
 
+@dataclass(frozen=True)
+class MuonRule:
+    """What becomes of the gradients of a matrix."""
+
+    coefficients: Coefficients
+    slow_momentum: float
+    slow_share: float
+    row_norm: bool
+    cautious_decay: bool
+
+
+class MuonMove(NamedTuple):
+    """A projection and what it moves by."""
+
+    weight: Tensor
+    momentum: Tensor
+    lr: float
+    decay: float
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, github.com/KellerJordan/Muon). Matrices of one shape, either way
     up, form a batch, and ranks share the batch. A group has `parts`: for each weight the rows of its projections."""
 
-    def __init__(self, groups: list[dict[str, Any]], ctx: RunContext):
+    def __init__(self, groups: list[dict[str, Any]], rule: MuonRule, ctx: RunContext):
         super().__init__(groups, dict(lr=0.0, momentum=0.0))
+        self.rule = rule
         self.ctx = ctx
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
+        by_shape: dict[torch.Size, list[MuonMove]] = {}
         for group in self.param_groups:
-            for weight, parts in zip(group["params"], group["parts"]):
-                update = self.advance_momentum(weight, group["momentum"])
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                for target, piece in zip(weight.split(parts), update.split(parts)):
+            moves = self.advance_momentum(group["params"], group["momentum"])
+            decay = group["lr"] * group["weight_decay"]
+            if not self.rule.cautious_decay:
+                torch._foreach_mul_(group["params"], 1 - decay)
+            for weight, move, parts in zip(group["params"], moves, group["parts"]):
+                for target, piece in zip(weight.split(parts), move.split(parts)):
+                    if self.rule.row_norm:  # parameter-golf #1217
+                        piece = F.normalize(piece, dim=1)
                     gain = max(1, len(piece) / piece.shape[1]) ** 0.5
                     if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
                         target, piece = target.mT, piece.mT
-                    by_shape.setdefault(piece.shape, []).append((target, piece, -group["lr"] * gain))
+                    move_of_part = MuonMove(target, piece, group["lr"] * gain, decay)
+                    by_shape.setdefault(piece.shape, []).append(move_of_part)
         for rows in by_shape.values():
-            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
-            for (target, _, factor), update in zip(rows, updates):
-                target.add_(update, alpha=factor)
+            updates = self.orthogonalize_shared(torch.stack([row.momentum for row in rows]))
+            for row, update in zip(rows, updates):
+                if self.rule.cautious_decay:  # arXiv:2510.12402; modded-nanogpt, record 43
+                    row.weight.mul_(torch.where(update * row.weight > 0, 1 - row.decay, 1.0))
+                row.weight.add_(update, alpha=-row.lr)
 
-    def advance_momentum(self, weight: Tensor, momentum: float) -> Tensor:
-        """Nesterov's update."""
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].mul_(momentum).add_(weight.grad)
-        assert weight.grad is not None
-        return weight.grad.add(state["momentum"], alpha=momentum)
+    def advance_momentum(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Nesterov's updates."""
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        assert len(grads) == len(weights)
+        means = self.advance_mean("momentum", weights, grads, momentum)
+        if not self.rule.slow_momentum:
+            return torch._foreach_add(grads, means, alpha=momentum)
+        # two memories of one gradient, both as means: modded-nanogpt #340
+        slow = self.advance_mean("slow_momentum", weights, grads, self.rule.slow_momentum)
+        fast_share = (1 - self.rule.slow_share) * (1 - momentum)
+        slow_share = self.rule.slow_share * (1 - self.rule.slow_momentum)
+        mixed = torch._foreach_add(torch._foreach_mul(means, fast_share), slow, alpha=slow_share)
+        return torch._foreach_add(torch._foreach_mul(mixed, momentum), grads, alpha=1 - momentum)
+
+    def advance_mean(self, name: str, weights: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
+        """Sums of gradients, each remembered for 1 / (1 - memory) steps."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        sums = [self.state[weight][name] for weight in weights]
+        torch._foreach_mul_(sums, memory)
+        torch._foreach_add_(sums, grads)
+        return sums
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)
         share = math.ceil(n / ctx.world)
         batch = F.pad(batch, (0, 0, 0, 0, 0, share * ctx.world - n))
-        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype)
+        mine = orthogonalize_ref(batch[ctx.rank * share : (ctx.rank + 1) * share], ctx.dtype, self.rule.coefficients)
         return torch.cat(ctx.gather(mine))[:n].float()
 
 
@@ -3815,7 +4408,14 @@ Groups = dict[str, list[dict[str, Any]]]  # torch's parameter groups by declared
 def build_muon(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:
     others = [*groups["table"], *groups["vector"]]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-    return {"muon": Muon(groups["matrix"], ctx), "adam": adam}
+    rule = MuonRule(
+        coefficients=COEFFICIENTS[config.newton_schulz],
+        slow_momentum=config.slow_momentum,
+        slow_share=config.slow_share,
+        row_norm=config.row_norm,
+        cautious_decay=config.cautious_decay,
+    )
+    return {"muon": Muon(groups["matrix"], rule, ctx), "adam": adam}
 
 
 def build_lion(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:
@@ -3849,10 +4449,10 @@ def build_optimizers(
 def build_formats(config: Config, model: LoopedGPT, k_scale: float) -> dict[str, Format]:
     """How every parameter is trained and stored, by the grid that it declared."""
     grids = {
-        "core": RowGrid(config.core_bits, k_scale * config.core_k),
-        "edge": RowGrid(config.edge_bits, k_scale * config.edge_k),
-        "embed": RowGrid(config.embed_bits, k_scale * config.embed_k),
-        "table": RowGrid(config.table_bits, k_scale * config.table_k),
+        "core": RowGrid(config.core_bits, k_scale * config.core_k, config.step_bits),
+        "edge": RowGrid(config.edge_bits, k_scale * config.edge_k, config.step_bits),
+        "embed": RowGrid(config.embed_bits, k_scale * config.embed_k, config.step_bits),
+        "table": RowGrid(config.table_bits, k_scale * config.table_k, config.step_bits),
     }
     return {name: grids[spec.grid] if spec.grid else Half() for name, spec in collect_specs(model).items()}
 
@@ -4222,12 +4822,6 @@ def config_from_stored(stored: dict[str, Any]) -> Config:
         raise ArtifactError(f"its config does not work: {error}") from None
 
 
-def with_stored_of(stored: Config, config: Config) -> Config:
-    """A config with another one's stored settings."""
-    taken = {f.name: getattr(stored, f.name) for f in fields(Stored)}
-    return replace(config, **taken, batch_tokens=stored.seq_len)
-
-
 def describe_stored(stored: dict[str, Any]) -> Layout:
     """The parameters of an artifact that stores these settings."""
     config = config_from_stored(stored)
@@ -4284,8 +4878,26 @@ def find_scorer(mode: str) -> Any:
     return getattr(import_when_used(entry.module, f"score_mode={mode}"), entry.name)
 
 
-def build_scorer(mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext) -> WindowScorer:
-    return find_scorer(mode)(model, config, ctx)
+def build_scorer(
+    mode: str, model: LoopedGPT, config: Scoring, ctx: RunContext, mask: Mask | None = None
+) -> WindowScorer:
+    """`mask`: what build_mask made for the tokenizer of the text."""
+    assert config.canonical == (mask is not None)
+    scorer: WindowScorer = find_scorer(mode)(model, config, ctx)
+    scorer.mask = mask
+    if config.recall_share:
+        module = import_when_used("loopgolf.recall", f"recall_share={config.recall_share}")
+        settings = config.recall_share, config.recall_sharpness, config.bos_id
+        scorer.build_memory = functools.partial(module.Recall, *settings)
+    return scorer
+
+
+def build_mask(tokenizer: sentencepiece.SentencePieceProcessor, config: Scoring, ctx: RunContext) -> Mask | None:
+    if not config.canonical:
+        return None
+    module = import_when_used("loopgolf.canonical", "canonical=1")
+    mask: Mask = module.CanonicalMask(tokenizer, config.bos_id, ctx.device)
+    return mask
 
 
 def import_when_used(module: str, setting: str) -> Any:
@@ -4308,6 +4920,10 @@ def used_modules(config: Config) -> list[str]:
     modules = [SCORERS[mode].module for mode in list_score_modes(config)]
     if config.moe_experts:
         modules.append("loopgolf.moe")
+    if config.canonical:
+        modules.append("loopgolf.canonical")
+    if config.recall_share:
+        modules.append("loopgolf.recall")
     return sorted(set(modules))
 
 
@@ -4325,11 +4941,13 @@ def load_eval_model(artifact: Artifact, config: Config, ctx: RunContext) -> Loop
 
 @dataclass(frozen=True)
 class Validation:
-    """The tokens that are scored, how their bytes are counted, and what tells their tokenizer apart."""
+    """The tokens that are scored, how their bytes are counted, what tells their tokenizer apart, and what it rules
+    out."""
 
     tokens: Tensor
     counter: ByteCounter
     identity: dict[str, Any]
+    mask: Mask | None
 
 
 def load_validation(config: Config, ctx: RunContext) -> Validation:
@@ -4340,7 +4958,7 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
     if config.score_documents:
         documents = split_documents(tokens, config.bos_id)[: config.score_documents]
         tokens = np.concatenate(documents)
-        facts = dict(tokens=stream.total, documents=len(documents), text_sha256=hash_text(documents, tokenizer))
+        facts.update(documents=len(documents), text_sha256=hash_text(documents, tokenizer))
     if len(tokens) < config.seq_len + 1:
         count = f"{len(tokens)} validation tokens"
         raise DataError(f"{config.data_path}: {count} are fewer than one window of {config.seq_len}")
@@ -4350,7 +4968,15 @@ def load_validation(config: Config, ctx: RunContext) -> Validation:
         ctx.log.line(
             f"# warning: the text is not the one that {config.recipe} is scored on: its score compares with no other"
         )
-    return Validation(torch.from_numpy(tokens.astype(np.int64)), ByteCounter(tokenizer.model), tokenizer.identity)
+    mask = build_mask(tokenizer.model, config, ctx)
+    if mask is not None:
+        mask.check_text(torch.from_numpy(tokens))
+    return Validation(
+        tokens=torch.from_numpy(tokens),
+        counter=ByteCounter(tokenizer.model),
+        identity=tokenizer.identity,
+        mask=mask,
+    )
 
 
 def split_documents(tokens: np.ndarray, bos_id: int) -> list[np.ndarray]:
@@ -4379,7 +5005,7 @@ def evaluate(
     """Score one mode and log it. `name` says which weights, where it is not the artifact. A finished file (--score) has
     all the time that it takes: a score belongs to the file, not to the machine."""
     started = time.perf_counter()
-    scorer, meter = build_scorer(mode, model, config, ctx), BpbMeter(val.counter)
+    scorer, meter = build_scorer(mode, model, config, ctx, val.mask), BpbMeter(val.counter)
     if model.is_compiled:
         scorer.warm_up()
     deadline = math.inf if config.score else started + config.eval_budget
@@ -4400,9 +5026,9 @@ def count_updates(scorer: WindowScorer, ctx: RunContext) -> tuple[int, int]:
     return int(total[0]), int(total[1])
 
 
-def log_scoring_forecast(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, n_tokens: int) -> None:
+def log_scoring_forecast(mode: str, model: LoopedGPT, config: Config, ctx: RunContext, val: Validation) -> None:
     """How long scoring will take, and whether even plain scoring is too much for its budget."""
-    seconds = build_scorer(mode, model, config, ctx).estimate_seconds(n_tokens)
+    seconds = build_scorer(mode, model, config, ctx, val.mask).estimate_seconds(len(val.tokens))
     ctx.log("forecast", what="scoring", mode=mode, seconds=seconds)
     if seconds > config.eval_budget and not config.score:
         budget = f"eval_budget={config.eval_budget}"
@@ -4623,7 +5249,7 @@ def score_only(config: Config, ctx: RunContext) -> None:
         raise ConfigError(f"score={config.score}: no model of the options given has its shapes; leave the model's out")
     model.load_state_dict(artifact.tensors)
     val = load_validation(config, ctx)
-    log_scoring_forecast(config.score_mode, model, config, ctx, len(val.tokens))
+    log_scoring_forecast(config.score_mode, model, config, ctx, val)
     log_result(score_artifact(artifact, model, config, ctx, val), ctx)
 
 
@@ -4672,7 +5298,7 @@ def run(config: Config, source: dict[str, str], ctx: RunContext) -> None:
     log_plan(config, k_scale, model, ctx)
     eval_model = build_eval_model(config, ctx)
     eval_model.load_state_dict(model.state_dict())
-    log_scoring_forecast("plain", eval_model, config, ctx, len(val.tokens))
+    log_scoring_forecast("plain", eval_model, config, ctx, val)
 
     trained = train(config, ctx, model, k_scale, text, folder)
     at = trained.position
