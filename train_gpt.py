@@ -20,6 +20,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -109,7 +110,7 @@ class Architecture:
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
     skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
     parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
-    look_back: int = option(0, "positions before its own whose channels attention reads, each channel weighed", high=64)
+    look_back: int = option(0, "positions before its own that attention reads too, weighed by channel", high=64)
     depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
     model_dim: int = option(1024, "width of the residual stream", low=2, high=65536)
     inject: str = option("concat", "how ^ mixes the kept stream in: a matrix on both, or", choices=("concat", "add"))
@@ -118,7 +119,6 @@ class Architecture:
     embed_norm: bool = option(True, "norm the embeddings")
     pass_scales: bool = option(True, "every pass mixes the embedding in and scales what its block adds, per channel")
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
-    early_reach: int = option(0, "visits of a block before its last one look back so far at most (0 = as the last)")
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
     mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
@@ -217,7 +217,7 @@ class Training:
 class Run:
     """The run and its machine."""
 
-    recipe: str = option("4b7l", "named set of settings that the other options change")
+    recipe: str = option("4b7l", "named set of settings that the others change; golf with a GPU, else pocket, or")
     seed: int = option(1337, "seed of the initial weights", low=-MOST)
     data_path: str = option("data/fineweb_sp1024", "dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model")
     tokenizer_path: str = option("", "SentencePiece model (empty = tokenizer.model in data_path)")
@@ -266,9 +266,17 @@ class Config(Run, Size, Training, Stored):
             self.require("moe_top", self.moe_top <= self.moe_experts, f"must be at most moe_experts={self.moe_experts}")
             self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
         for batch_tokens, seq_len in list_shapes(self):
-            has_whole_sequences = batch_tokens % seq_len == 0
-            self.require("batch_tokens", has_whole_sequences, f"{batch_tokens} is not divisible by seq_len={seq_len}")
-            self.require("contexts", seq_len <= self.seq_len, f"must be at most seq_len={self.seq_len}")
+            self.require("contexts", 2 <= seq_len <= self.seq_len, f"must be between 2 and seq_len={self.seq_len}")
+            name = "batch_tokens" if batch_tokens == self.batch_tokens else "batches"
+            name = name if seq_len == self.seq_len else "contexts"
+            self.require(
+                name, batch_tokens % seq_len == 0, f"{batch_tokens} tokens are no whole sequences of {seq_len}"
+            )
+        self.require("head_gate", self.head_gate <= self.model_dim, f"must be at most model_dim={self.model_dim}")
+        reach = self.band or self.seq_len
+        self.require("look_back", self.look_back <= reach, f"must be at most {reach}, what attention sees")
+        self.require("mlp_slope", self.mlp == "relu2" or not self.mlp_slope, "needs --mlp relu2")
+        self.require("skip_gates", self.skips == "unet" or not self.skip_gates, "needs --skips unet")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
         fits_head = self.rope_dims <= self.head_width
         self.require("rope_dims", fits_head, f"must be at most {self.head_width}, the width of a head")
@@ -343,7 +351,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         # our entry for the challenge: two blocks, a core of three that runs three times, two blocks, at the width that
         # fills 16 MB. Not trained at this size yet; records/studies/2026-11-30_Golf has what its parts are worth
         plan="ab(cde)*3fg", loop_start=0.35, model_dim=640, num_heads=10, num_kv_heads=5, mlp_mult=4.0, mlp_slope=0.5,
-        q_gain=5.0, parallel_passes="all", look_back=3, early_reach=512, skip_gates=True, head_gate=12,
+        q_gain=5.0, parallel_passes="all", look_back=3, skip_gates=True, head_gate=12,
         depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
         data_path="data/fineweb_sp8192",
         embed_bits=7, embed_k=15.0, step_bits=3, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
@@ -469,7 +477,7 @@ def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     stored = asdict(config_from_stored(load_artifact(path).stored))
     base = settings_of_recipe(given["recipe"]) if "recipe" in given else {}
     base |= {f.name: stored[f.name] for f in fields(Stored)}
-    base["batch_tokens"] = given.get("seq_len", stored["seq_len"])
+    base |= dict(batch_tokens=given.get("seq_len", stored["seq_len"]), batches="", contexts="")
     started = path.with_name("config.json")
     if started.is_file():
         config = load_started_config(path.parent, {})
@@ -641,19 +649,37 @@ def expect_repetitions(config: Config, most: float = math.inf) -> float:
 
 
 def list_depths(config: Config, compile_mode: str) -> list[Depth]:
-    """One of each kind of forward that a run compiles: whole graphs are made for every depth, blocks for one."""
+    """Of each kind of forward with loops that is compiled: whole graphs are made for every depth, blocks for one."""
     depths = [Depth(config.depth)]
     if config.sample_depth and compile_mode == "full":
         depths = [Depth(r) for r in range(1, config.table_repetitions + 1)]
     elif config.sample_depth:
         depths = [Depth(1), Depth(config.table_repetitions)]
-    return [ONCE, *depths] if config.loop_start else depths
+    return depths
+
+
+def list_phases(config: Config) -> list[float]:
+    """A moment of each part of the budget in which batch, context and loops stay as they are."""
+    stages = [*parse_stages("batches", config.batches), *parse_stages("contexts", config.contexts)]
+    ends = sorted({0.0, config.loop_start, *(end for _, end in stages), 1.0})
+    return [*((start + end) / 2 for start, end in itertools.pairwise(ends)), 1.0]
 
 
 def list_shapes(config: Config) -> list[tuple[int, int]]:
     """Each batch and context (batch_tokens, seq_len) that a run has."""
-    over_run = [settings_at(config, hundredth / 100, 0) for hundredth in range(101)]
+    over_run = [settings_at(config, progress, 0) for progress in list_phases(config)]
     return list(dict.fromkeys((s.batch_tokens, s.seq_len) for s in over_run))
+
+
+def list_forwards(config: Config, compile_mode: str) -> list[Settings]:
+    """One of each kind of step that a run compiles."""
+    forwards: dict[tuple[int, int, Depth], Settings] = {}
+    for progress in list_phases(config):
+        settings = settings_at(config, progress, 0)
+        for depth in [ONCE] if progress < config.loop_start else list_depths(config, compile_mode):
+            key = (settings.batch_tokens, settings.seq_len, depth)
+            forwards.setdefault(key, replace(settings, depth=depth))
+    return list(forwards.values())
 
 
 class Budget:
@@ -702,7 +728,6 @@ class PassRow(NamedTuple):
     is_xsa: bool
     is_parallel: bool = False  # the MLP reads what attention reads
     depth_scale: Tensor | None = None  # (): of what both read
-    reach: int = MOST  # positions that attention looks back at most
     back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
     past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
@@ -795,7 +820,7 @@ def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tu
     for lag in range(1, n + 1):
         is_same = docs[:, n:] == docs[:, n - lag : -lag]
         x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
-    return x, line[:, -n:]
+    return x, line[:, -n:].clone()  # a view would keep the whole line
 
 
 class Attention(DeclaringModule):
@@ -829,7 +854,7 @@ class Attention(DeclaringModule):
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
         docs = stream.docs if self.stays_in_document else None
-        y = attend(q, k, v, min(stream.window, self.reach, row.reach), docs)
+        y = attend(q, k, v, min(stream.window, self.reach), docs)
         if row.is_xsa:
             y = self.exclude_own_value(y, own_value)
         if self.gate is not None:
@@ -1060,7 +1085,6 @@ class LoopedGPT(DeclaringModule):
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
-        blocks = [p.block for p in passes]
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
@@ -1068,14 +1092,12 @@ class LoopedGPT(DeclaringModule):
                     entered[group] = x
                 for group in p.inject:
                     x = self.mix_in(group, entered[group], x)
-                if n_skips <= index < 2 * n_skips:
+                if n_skips <= index < 2 * n_skips:  # by the order of the passes that there are, loops on or off
                     mirror = 2 * n_skips - 1 - index
                     x = self.passes.join(mirror, x, pushed[mirror])
                 name = self.plan.names[p.block]
                 block = self.block(name)
                 row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
-                if p.block in blocks[index + 1 :]:
-                    row = row._replace(reach=self.config.early_reach or MOST)
                 if cache:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
                     row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
@@ -1181,14 +1203,12 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     weighed_r = learned_r + (mean_r - learned_r) / 3
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
-    owners = model.plan.slot_owners(config.table_repetitions)
     for p in model.plan.passes(Depth(1), config.table_repetitions):
         block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)
-        is_last_visit = p.visit == owners.count(p.block) - 1
-        reach = min(T, block.attention.reach, MOST if is_last_visit else (config.early_reach or MOST))
+        reach = min(T, block.attention.reach)
         keys = reach - reach**2 / (2 * T)  # that a query sees on average
         times = 1.0 if p.repetitions_left is None else weighed_r
         total += times * (6 * weights + 12 * config.num_heads * config.head_width * keys)
@@ -1434,13 +1454,10 @@ def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext
     started = time.perf_counter()
     before = copy.deepcopy(state.state_dict())
     random_state = torch.get_rng_state()
-    settings = settings_at(config, 0.5, 0)
-    for batch_tokens, seq_len in list_shapes(config):
-        shape = (batch_tokens // seq_len // ctx.world, seq_len + 1)
+    for settings in list_forwards(config, ctx.compile):
+        shape = (settings.batch_tokens // settings.seq_len // ctx.world, settings.seq_len + 1)
         made_up = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        batch = split_tokens(made_up, ctx)
-        for depth in list_depths(config, ctx.compile):
-            train_step(model, state, batch, replace(settings, depth=depth), ctx)
+        train_step(model, state, split_tokens(made_up, ctx), settings, ctx)
     state.load_state_dict(before)
     torch.set_rng_state(random_state)
     ctx.sync()

@@ -36,7 +36,8 @@ def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
 
 
 def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
-    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones."""
+    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones. Below 6e-5, where fp16
+    has fewer bits itself, a step may become zero, and its row with it."""
     dropped = STEP_BITS - bits
     whole = step.view(torch.int16) + ((1 << dropped) >> 1)
     return (whole >> dropped << dropped).view(torch.float16).clamp(max=65504)

@@ -54,8 +54,9 @@ class Recall:
         document = (inputs == self.bos_id).cumsum(0)
         earlier = torch.arange(len(inputs), device=inputs.device) < places[:, None]
         seen = (earlier & (document == document[places][:, None]))[:, :-1]  # nothing is known to follow the last state
-        similar = self.sharpness * (directions[places] @ directions[:-1].T - 1)
-        weights = torch.where(seen, similar.exp(), 0.0)
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        similar = self.sharpness * directions[places] @ directions[:-1].T
+        weights = similar.masked_fill(~seen, -math.inf).softmax(-1)
+        is_known = seen.any(-1)
+        weights = weights.where(is_known[:, None], 0.0)  # a softmax over nothing is not a number
         shares = weights.new_zeros(len(places), vocab_size)
-        return shares.scatter_add_(1, inputs[1:].expand(len(places), -1), weights), seen.any(-1)
+        return shares.scatter_add_(1, inputs[1:].expand(len(places), -1), weights), is_known

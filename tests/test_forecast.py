@@ -32,6 +32,20 @@ def test_steps_follow_the_schedule(capsys):
     assert steps("--contexts 1024:0.9") > steps("") and steps("--batches 393216:0.5") > 1.4 * steps("")
 
 
-def test_a_wrong_recipe_is_one_line(capsys):
-    assert forecast.main(["gold"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["gold"],
+        ["golf", "--peak", "0"],
+        ["golf", "--seconds", "nan"],
+        ["golf", "--options", "--plan 'a"],
+        ["golf", "--options", "--recipe pocket"],
+    ],
+)
+def test_bad_input_is_one_line(given, capsys):
+    try:
+        code = forecast.main(given)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1

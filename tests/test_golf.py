@@ -33,7 +33,7 @@ from kernels.newton_schulz import COEFFICIENTS, orthogonalize_ref
 from loopgolf.cache import Cache
 from loopgolf.errors import ConfigError
 from loopgolf.params import start_weights
-from train_gpt import LoopedGPT, PassRow, Stream, list_shapes, look_back, settings_at, train_step
+from train_gpt import LoopedGPT, PassRow, Stream, list_forwards, list_shapes, look_back, settings_at, train_step
 
 LOOP = dict(plan="a(b)*2c", ttt_freeze="", ve_passes="all")
 PARTS = {
@@ -43,7 +43,6 @@ PARTS = {
     "parallel_passes": dict(parallel_passes="last2"),
     "depth_scale": dict(depth_scale=True),
     "look_back": dict(look_back=3),
-    "early_reach": dict(early_reach=5),
 }
 ALL = {name: value for changes in PARTS.values() for name, value in changes.items()}
 
@@ -148,7 +147,7 @@ def test_look_back_is_a_convolution_that_stops_at_document_starts():
 @torch.no_grad()
 def test_look_back_never_passes_a_bos(doc_attention):
     """Whether attention does or not."""
-    shape = dict(plan="a", skips="none", smear=False, bigram_buckets=0, ve_passes="none", early_reach=0)
+    shape = dict(plan="a", skips="none", smear=False, bigram_buckets=0, ve_passes="none")
     model = tiny_model(tiny_config(**shape, look_back=3, doc_attention=doc_attention))
     heard = []
     forward = model.blocks["a"].attention.forward
@@ -160,25 +159,6 @@ def test_look_back_never_passes_a_bos(doc_attention):
     for text in (tokens, changed):
         model.hidden(text, cache=Cache(32))
     assert [t for t in range(20) if not torch.equal(heard[0][0, t], heard[1][0, t])] == [8]
-
-
-@torch.no_grad()
-def test_early_visits_reach_back_so_far_and_the_last_as_far_as_it_can():
-    shape = dict(plan="aa", skips="none", smear=False, bigram_buckets=0, ve_passes="none", pass_scales=False)
-    tokens = draw_tokens(30)
-    changed = tokens.clone()
-    changed[0, 4] = 5 + tokens[0, 4] % 7
-    reaches = []
-
-    def watch(p, x):
-        reaches.append(x)
-        return x
-
-    model = tiny_model(tiny_config(**shape, early_reach=3))
-    for text in (tokens, changed):
-        model.hidden(text, on_pass=watch)
-    first, second = ([t for t in range(30) if not torch.equal(reaches[i][0, t], reaches[i + 2][0, t])] for i in (0, 1))
-    assert first == [4, 5, 6] and second == list(range(4, 30))
 
 
 def test_muons_rules():
@@ -260,10 +240,15 @@ def test_stages_hold_up_to_their_ends(ends, progress):
         (dict(contexts="16"), "a value and where it ends"),
         (dict(contexts="16:0.5,8:0.2"), "rise"),
         (dict(contexts="16:1.5"), "rise"),
-        (dict(contexts="64:0.5"), "at most seq_len=32"),
-        (dict(contexts="24:0.5"), "not divisible by seq_len=24"),
+        (dict(contexts="64:0.5"), "contexts=64:0.5: must be between 2 and seq_len=32"),
+        (dict(contexts="24:0.5"), "contexts=24:0.5: 128 tokens are no whole sequences of 24"),
+        (dict(contexts="24:0.301,16:0.302"), "no whole sequences of 24"),
         (dict(batches="0:0.5"), "above 0"),
-        (dict(batches="40:0.5"), "not divisible by seq_len=32"),
+        (dict(batches="40:0.5"), "batches=40:0.5: 40 tokens are no whole sequences of 32"),
+        (dict(head_gate=33), "at most model_dim=32"),
+        (dict(look_back=3, band=2), "at most 2, what attention sees"),
+        (dict(skip_gates=True, skips="none"), "needs --skips unet"),
+        (dict(mlp_slope=0.5, mlp="swiglu"), "needs --mlp relu2"),
         (dict(parallel_passes="9"), "parallel_passes"),
     ],
 )
@@ -304,6 +289,15 @@ def test_two_ranks_train_it_as_one(dataset, tmp_path):
         assert done.returncode == 0, done.stderr
         losses.append([float(line["train_loss"]) for line in events(done.stdout, "train")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 6
+
+
+def test_a_run_compiles_the_forwards_that_it_has():
+    """Neither one that it lacks, in the middle of the clock, nor one that never comes."""
+    grows = dict(contexts="8:0.301,16:0.309", batches="64:0.305", loop_start=0.302)
+    config = tiny_config(**LOOP, **grows)
+    listed = {(s.batch_tokens, s.seq_len, s.depth) for s in list_forwards(config, "block")}
+    over_run = [settings_at(config, step / 4000, step) for step in range(4001)]
+    assert listed == {(s.batch_tokens, s.seq_len, s.depth) for s in over_run} and len(listed) == 5
 
 
 def test_a_gradient_step_at_every_shape_of_a_run():

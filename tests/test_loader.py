@@ -3,7 +3,6 @@ window of the text is read once per epoch, also when the context grows in the mi
 """
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,16 +122,9 @@ def test_a_round_is_long_enough_for_the_shortest_windows(counting):
         assert len((inputs[:, 0] // 64).unique()) == 8
 
 
-def grow(config, progress, step):
-    """Context and batch double after a third of the run."""
-    factor = 1 if progress < 0.34 else 2
-    return replace(settings_at(config, progress, step), batch_tokens=128 * factor, seq_len=32 * factor)
-
-
 @pytest.mark.slow
 def test_context_and_batch_may_grow_in_the_middle_of_a_run(dataset, tmp_path, monkeypatch, capsys):
     """Interrupted within a round, too: the same windows, each once."""
-    monkeypatch.setattr(train_gpt, "settings_at", grow)
     monkeypatch.chdir(tmp_path)
     read = []
     original = TrainingText.read
@@ -142,7 +134,8 @@ def test_context_and_batch_may_grow_in_the_middle_of_a_run(dataset, tmp_path, mo
         return original(self, consumed, count, length)
 
     monkeypatch.setattr(TrainingText, "read", spy)
-    config = tiny_config(data_path=str(dataset), iterations=11, run_id="grown", checkpoint_every_s=0, also="none")
+    grows = dict(seq_len=64, batch_tokens=256, contexts="32:0.34", batches="128:0.34")  # both double
+    config = tiny_config(data_path=str(dataset), iterations=11, run_id="grown", **grows)
     options = [
         f"--{name}={value}" for name, value in vars(config).items() if value != getattr(train_gpt.Config(), name)
     ]
@@ -156,16 +149,9 @@ def test_context_and_batch_may_grow_in_the_middle_of_a_run(dataset, tmp_path, mo
     )
 
 
-def test_a_context_that_does_not_divide_the_longest_is_refused(dataset, monkeypatch):
-    monkeypatch.setattr(
-        train_gpt,
-        "settings_at",
-        lambda config, progress, step: replace(
-            settings_at(config, progress, step), seq_len=32 if progress < 0.5 else 48
-        ),
-    )
-    with pytest.raises(ConfigError, match="48"):
-        train_gpt.check_split(tiny_config(batch_tokens=192), tiny_context())
+def test_a_context_that_does_not_divide_the_longest_is_refused():
+    with pytest.raises(ConfigError, match="seq_len=24: must divide 32"):
+        train_gpt.check_split(tiny_config(batch_tokens=96, contexts="24:0.5"), tiny_context())
 
 
 def test_a_text_shorter_than_a_window_is_refused():

@@ -375,7 +375,7 @@ VARIANTS = [
     dict(plan="(ab~)*2", adapter_rank=3, norm_weights=True, embed_norm=False, mlp="swiglu", pass_scales=False, q_gain=0.0),
     dict(plan="a(^bc~~)*rd", skips="none", norm_weights=True, block_norm="sandwich", tied=False, windows="LSSL"),
     dict(plan="a(b)*2c", skip_gates=True, head_gate=4, look_back=2, parallel_passes="last2"),
-    dict(plan="a(b)*2c", depth_scale=True, mlp_slope=0.5, early_reach=9),
+    dict(plan="a(b)*2c", depth_scale=True, mlp_slope=0.5),
 ]  # fmt: skip
 
 

@@ -31,6 +31,15 @@ def draw(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return inputs, states, torch.randn(rows * length, 7, generator=generator).log_softmax(-1)
 
 
+@pytest.mark.parametrize("sharpness", [0.0, 16.0, 1000.0])
+def test_distributions_sum_to_one_however_sharp(sharpness):
+    inputs, states, log_probs = draw(1, 12)
+    recall = Recall(SHARE, sharpness, bos_id=3)
+    recall.add(inputs, states)
+    mixed = recall.mix(log_probs, torch.zeros(12, dtype=torch.int64), torch.arange(12))
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(12))
+
+
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 99), st.integers(1, 9))
 def test_it_is_its_formula_in_blocks_as_at_once(rows, length, seed, block):
     inputs, states, log_probs = draw(rows, length, seed)

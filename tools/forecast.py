@@ -6,7 +6,7 @@ evaluation, memory. Arithmetic only: nothing here was measured on a GPU.
 
 Steps and evaluation are given for two shares of the peak: the entry that this project starts from reached 25%, good
 scripts of the field 40 to 50%. Work is counted over the schedule: loops off and on, contexts and batches that grow. The
-evaluation is that of the challenge's validation set, 151 MB of text.
+evaluation is that of the challenge's validation set, 151 MB of text: passes of the model, without masking and recall.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from data.folder import positive
 from loopgolf.options import Parser
 from loopgolf.plan import ONCE
 from loopgolf.runtime import Log, RunContext, run_program
+from tools.lib.runlog import RunError
 
 SHARES = (0.4, 0.5)
 VALIDATION_BYTES = 151.07e6
@@ -42,6 +43,13 @@ class Forecast:
     steps: list[int]  # within the budget, by share of the peak
     eval_s: list[float]
     memory_gb: float  # of a training step on one GPU
+
+
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
+    return value
 
 
 def plan_once(plan: str) -> str:
@@ -91,7 +99,9 @@ def evaluation_flops(config: train_gpt.Config, model: train_gpt.LoopedGPT, ctx: 
 
 
 def forecast(recipe: str, args: argparse.Namespace) -> Forecast:
-    config, _ = train_gpt.parse_config(["--recipe", recipe, *shlex.split(args.options)], {})
+    config, _ = train_gpt.parse_config(["--recipe", recipe, *args.options], {})
+    if config.recipe != recipe:
+        raise RunError(f"--options: recipe={config.recipe} would stand in the row of {recipe}; name it instead")
     model = train_gpt.build_meta_model(config)
     ctx = RunContext(0, args.gpus, torch.device("cpu"), torch.bfloat16, "none", Log(quiet=True))
     k_scale = train_gpt.plan_k_scale(config, model)
@@ -131,6 +141,10 @@ def print_table(rows: list[Forecast]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    try:
+        args.options = shlex.split(args.options)
+    except ValueError as error:
+        raise RunError(f"--options: {error}") from None
     rows = [forecast(recipe, args) for recipe in args.recipes]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -144,8 +158,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"[{' '.join(names)}]", default=names)
     parser.add_argument("--options", default="", help="of train_gpt.py, for all of them, in quotes")
     parser.add_argument("--gpus", type=positive, default=8, help="[8]")
-    parser.add_argument("--seconds", type=float, default=600.0, help="training budget [600]")
-    parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of one GPU in bf16 [989, an H100's]")
+    parser.add_argument("--seconds", type=above_zero, default=600.0, help="training budget [600]")
+    parser.add_argument("--peak", type=above_zero, default=989.0, help="TFLOP/s of one GPU in bf16 [989, an H100's]")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
     return run_program(run, parser.parse_args(argv))
 
