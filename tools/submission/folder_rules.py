@@ -57,9 +57,9 @@ WHOLE_NUMBERS = ("artifact_bytes", "steps")
 # Scripts in records/ that an earlier packer of this repository made, which today's packer would make differently. They
 # were compared with their readable source then: sha256 of train_gpt.py to sha256 of train_gpt_human.py.
 EARLIER_SCRIPTS = {
-    # records/track_pocket/2026-11-25_Miniature
-    "6e1626f378b1a562dab24f6a65899c10bc097de67ec2a2258217819c4b41c832": (
-        "1743ca60c37bf6fa8e0de2b53a0eca0e884bc6bb49a6d444582b94135ed2a850"
+    # records/track_pocket/2026-11-30_Golf
+    "5e7b84d88828bd6725ba1e01dc13cc47330d0f6b3a409b015aee95bccaace260": (
+        "2c864093f6e3168cd0f0258f2664f7654517ba39e8fb1d8f9890c3a90cedc77f"
     ),
 }
 
