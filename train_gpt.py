@@ -108,7 +108,7 @@ class Architecture:
     bptt: int = option(0, "gradients flow through this many last repetitions of the *r group (0 = all)")
     score_depth: int = option(0, "repetitions while scoring (0 = depth)", high=256)
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
-    skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
+    skip_gates: bool = option(False, "with skips: gates per channel blend what the first half left with the stream")
     parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
     look_back: int = option(0, "positions before its own that attention reads too, weighed by channel", high=64)
     depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
@@ -276,7 +276,6 @@ class Config(Run, Size, Training, Stored):
         reach = self.band or self.seq_len
         self.require("look_back", self.look_back <= reach, f"must be at most {reach}, what attention sees")
         self.require("mlp_slope", self.mlp == "relu2" or not self.mlp_slope, "needs --mlp relu2")
-        self.require("skip_gates", self.skips == "unet" or not self.skip_gates, "needs --skips unet")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
         fits_head = self.rope_dims <= self.head_width
         self.require("rope_dims", fits_head, f"must be at most {self.head_width}, the width of a head")

@@ -247,7 +247,6 @@ def test_stages_hold_up_to_their_ends(ends, progress):
         (dict(batches="40:0.5"), "batches=40:0.5: 40 tokens are no whole sequences of 32"),
         (dict(head_gate=33), "at most model_dim=32"),
         (dict(look_back=3, band=2), "at most 2, what attention sees"),
-        (dict(skip_gates=True, skips="none"), "needs --skips unet"),
         (dict(mlp_slope=0.5, mlp="swiglu"), "needs --mlp relu2"),
         (dict(parallel_passes="9"), "parallel_passes"),
     ],
