@@ -269,9 +269,8 @@ class Config(Run, Size, Training, Stored):
             self.require("contexts", 2 <= seq_len <= self.seq_len, f"must be between 2 and seq_len={self.seq_len}")
             name = "batch_tokens" if batch_tokens == self.batch_tokens else "batches"
             name = name if seq_len == self.seq_len else "contexts"
-            self.require(
-                name, batch_tokens % seq_len == 0, f"{batch_tokens} tokens are no whole sequences of {seq_len}"
-            )
+            is_whole = batch_tokens % seq_len == 0
+            self.require(name, is_whole, f"{batch_tokens} tokens are no whole sequences of seq_len={seq_len}")
         self.require("head_gate", self.head_gate <= self.model_dim, f"must be at most model_dim={self.model_dim}")
         reach = self.band or self.seq_len
         self.require("look_back", self.look_back <= reach, f"must be at most {reach}, what attention sees")

@@ -81,6 +81,14 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, capsys, old, new, fault):
     assert fault in error and error.count("\n") == 1
 
 
+def test_an_empty_patch_is_refused(tmp_path, capsys):
+    """It would be the baseline again, and look like a change without an effect."""
+    (tmp_path / "empty.patch").write_text("")
+    text = TABLE.replace('options = "--softcap 20"', 'patch = "empty.patch"', 1)
+    assert ablate.main([str(write_table(tmp_path, text))]) == 2
+    assert "empty.patch is empty, so nothing would change" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
     return Ledger(read_table(write_table(tmp_path)), "c0ffee", "a cpu")
@@ -185,8 +193,9 @@ def test_a_real_table_with_an_option_and_a_patch(tmp_path, dataset):
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     script = clone / "train_gpt.py"
     text = script.read_text()
-    script.write_text(text.replace("y = F.relu(y).square()", "y = torch.sin(y).square()"))
+    script.write_text(text.replace("y = F.leaky_relu(y, self.slope).square()", "y = torch.sin(y).square()"))
     patch = subprocess.run(["git", "diff"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert patch
     script.write_text(text)
     options = " ".join(tiny_options(dataset, iterations=2, seq_len=16, batch_tokens=32))
     (tmp_path / "sin.patch").write_text(patch)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # together they have every part; with fewer passes of each block
 RECIPES = {"pocket": "a(b)*2c", "frontier": "a(bc)*2d", "looped_s20": "a(^bc~~)*rd", "osrt_v4": "(ab~)*2"}
 SIZE = dict(model_dim=64, num_heads=4, rope_dims=16, seq_len=64, vocab_size=256, batch_tokens=256, moe_hidden=32,
-            depth=1, checkpoint_passes=False, compile="none")  # fmt: skip
+            depth=1, checkpoint_passes=False, compile="none",
+            canonical=False, recall_share=0.0)  # fmt: skip  # one needs a tokenizer, the other sizes that follow from values
 PLAY = """
 import sys, torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -93,6 +93,8 @@ def check_change(path: Path, change: Change, options: list[str]) -> Change:
         raise RunError(f"{where} needs either options or a patch")
     if change.patch and not (path.parent / change.patch).is_file():
         raise RunError(f"{where}: {path.parent / change.patch} is not there")
+    if change.patch and not (path.parent / change.patch).read_bytes().strip():
+        raise RunError(f"{where}: {path.parent / change.patch} is empty, so nothing would change")
     if change.predict and change.predict not in VERDICTS:
         raise RunError(f"{where}: predict is one of {', '.join(VERDICTS)}")
     try:
