@@ -186,8 +186,7 @@ class Training:
     sample_depth: bool = option(False, "draw r for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
     optimizer: str = option("muon", "of the matrices, with Adam for the rest; or of everything")
     batch_tokens: int = option(524288, "tokens in one optimizer step, over all ranks", low=1)
-    batches: str = option("", "smaller batches at first, each to a fraction of the budget: 1024:0.1,1536:0.3")
-    contexts: str = option("", "shorter contexts at first, in the same form")
+    contexts: str = option("", "shorter contexts at first, each to a fraction of the budget: 512:0.1,1024:0.3")
     micro_batch: int = option(0, "sequences in one forward pass of a rank; more are accumulated (0 = all)")
     checkpoint_passes: bool = option(False, "keep only the input of every pass and compute it again for the gradient")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
@@ -196,11 +195,8 @@ class Training:
     momentum: float = option(0.99, "Muon: momentum", high=1)
     momentum_start: float = option(0.85, "Muon: momentum at the first step", high=1)
     momentum_warmup: float = option(0.084, "fraction of the budget over which the momentum rises", high=1)
-    slow_momentum: float = option(0.0, "Muon: a second, slower momentum that is mixed in (0 = none)", high=0.9999)
-    slow_share: float = option(0.56, "Muon: its share", high=1)
     row_norm: bool = option(False, "Muon: rows of the momentum get one norm before it is orthogonalized")
     newton_schulz: str = option("jordan", "Muon: coefficients of its five iterations")
-    cautious_decay: bool = option(False, "Muon: decay only weights that the update makes smaller, too")
     weight_decay: float = option(0.04, "decay of matrices and tables, times the learning rate")
     beta1: float = option(0.9, "Adam: memory of the gradient", high=0.9999)
     beta2: float = option(0.95, "Adam: memory of the squared gradient", high=0.9999)
@@ -267,8 +263,7 @@ class Config(Run, Size, Training, Stored):
             self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
         for batch_tokens, seq_len in list_shapes(self):
             self.require("contexts", 2 <= seq_len <= self.seq_len, f"must be between 2 and seq_len={self.seq_len}")
-            name = "batch_tokens" if batch_tokens == self.batch_tokens else "batches"
-            name = name if seq_len == self.seq_len else "contexts"
+            name = "batch_tokens" if seq_len == self.seq_len else "contexts"
             is_whole = batch_tokens % seq_len == 0
             self.require(name, is_whole, f"{batch_tokens} tokens are no whole sequences of seq_len={seq_len}")
         self.require("head_gate", self.head_gate <= self.model_dim, f"must be at most model_dim={self.model_dim}")
@@ -352,6 +347,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         q_gain=5.0, parallel_passes="all", look_back=3, skip_gates=True, head_gate=12,
         depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
         data_path="data/fineweb_sp8192",
+        # contexts that grow: parameter-golf #2014; loops from .35 on: #1420
         embed_bits=7, embed_k=15.0, step_bits=3, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
@@ -475,7 +471,7 @@ def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     stored = asdict(config_from_stored(load_artifact(path).stored))
     base = settings_of_recipe(given["recipe"]) if "recipe" in given else {}
     base |= {f.name: stored[f.name] for f in fields(Stored)}
-    base |= dict(batch_tokens=given.get("seq_len", stored["seq_len"]), batches="", contexts="")
+    base |= dict(batch_tokens=given.get("seq_len", stored["seq_len"]), contexts="")
     started = path.with_name("config.json")
     if started.is_file():
         config = load_started_config(path.parent, {})
@@ -603,25 +599,25 @@ def settings_at(config: Config, progress: float, step: int) -> Settings:
         lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
         momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
         depth=ONCE if progress < config.loop_start else draw_depth(config, step),
-        batch_tokens=value_at(progress, parse_stages("batches", config.batches), config.batch_tokens),
-        seq_len=value_at(progress, parse_stages("contexts", config.contexts), config.seq_len),
+        batch_tokens=config.batch_tokens,
+        seq_len=context_at(config, progress),
     )
 
 
-def parse_stages(name: str, text: str) -> list[tuple[int, float]]:
-    """`1024:0.1,1536:0.3`: values and the fractions of the budget to which they hold."""
+def parse_contexts(text: str) -> list[tuple[int, float]]:
+    """`512:0.1,1024:0.3`: contexts and the fractions of the budget to which they hold."""
     try:
-        stages = [(int(value), float(end)) for value, end in (part.split(":") for part in text.split(",") if text)]
+        stages = [(int(length), float(end)) for length, end in (part.split(":") for part in text.split(",") if text)]
     except ValueError:
-        raise ConfigError(f"{name}={text}: has the form 1024:0.1,1536:0.3, a value and where it ends") from None
+        raise ConfigError(f"contexts={text}: has the form 512:0.1,1024:0.3, a context and where it ends") from None
     ends = [end for _, end in stages]
-    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends) or any(value < 1 for value, _ in stages):
-        raise ConfigError(f"{name}={text}: values are above 0, their ends rise between 0 and 1")
+    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends):
+        raise ConfigError(f"contexts={text}: their ends rise between 0 and 1")
     return stages
 
 
-def value_at(progress: float, stages: list[tuple[int, float]], last: int) -> int:
-    return next((value for value, end in stages if progress <= end), last)
+def context_at(config: Config, progress: float) -> int:
+    return next((length for length, end in parse_contexts(config.contexts) if progress <= end), config.seq_len)
 
 
 def draw_depth(config: Config, step: int) -> Depth:
@@ -658,8 +654,7 @@ def list_depths(config: Config, compile_mode: str) -> list[Depth]:
 
 def list_phases(config: Config) -> list[float]:
     """A moment of each part of the budget in which batch, context and loops stay as they are."""
-    stages = [*parse_stages("batches", config.batches), *parse_stages("contexts", config.contexts)]
-    ends = sorted({0.0, config.loop_start, *(end for _, end in stages), 1.0})
+    ends = sorted({0.0, config.loop_start, *(end for _, end in parse_contexts(config.contexts)), 1.0})
     return [*((start + end) / 2 for start, end in itertools.pairwise(ends)), 1.0]
 
 
@@ -1225,19 +1220,7 @@ class MuonRule:
     """What becomes of the gradients of a matrix."""
 
     coefficients: Coefficients
-    slow_momentum: float
-    slow_share: float
     row_norm: bool
-    cautious_decay: bool
-
-
-class MuonMove(NamedTuple):
-    """A projection and what it moves by."""
-
-    weight: Tensor
-    momentum: Tensor
-    lr: float
-    decay: float
 
 
 class Muon(torch.optim.Optimizer):
@@ -1251,12 +1234,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        by_shape: dict[torch.Size, list[MuonMove]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
             moves = self.advance_momentum(group["params"], group["momentum"])
-            decay = group["lr"] * group["weight_decay"]
-            if not self.rule.cautious_decay:
-                torch._foreach_mul_(group["params"], 1 - decay)
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
             for weight, move, parts in zip(group["params"], moves, group["parts"]):
                 for target, piece in zip(weight.split(parts), move.split(parts)):
                     if self.rule.row_norm:  # parameter-golf #1217
@@ -1264,38 +1245,23 @@ class Muon(torch.optim.Optimizer):
                     gain = max(1, len(piece) / piece.shape[1]) ** 0.5
                     if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
                         target, piece = target.mT, piece.mT
-                    move_of_part = MuonMove(target, piece, group["lr"] * gain, decay)
-                    by_shape.setdefault(piece.shape, []).append(move_of_part)
+                    by_shape.setdefault(piece.shape, []).append((target, piece, -group["lr"] * gain))
         for rows in by_shape.values():
-            updates = self.orthogonalize_shared(torch.stack([row.momentum for row in rows]))
-            for row, update in zip(rows, updates):
-                if self.rule.cautious_decay:  # arXiv:2510.12402; modded-nanogpt, record 43
-                    row.weight.mul_(torch.where(update * row.weight > 0, 1 - row.decay, 1.0))
-                row.weight.add_(update, alpha=-row.lr)
+            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
+            for (target, _, factor), update in zip(rows, updates):
+                target.add_(update, alpha=factor)
 
     def advance_momentum(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's updates."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        means = [self.state[weight]["momentum"] for weight in weights]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         assert len(grads) == len(weights)
-        means = self.advance_mean("momentum", weights, grads, momentum)
-        if not self.rule.slow_momentum:
-            return torch._foreach_add(grads, means, alpha=momentum)
-        # two memories of one gradient, both as means: modded-nanogpt #340
-        slow = self.advance_mean("slow_momentum", weights, grads, self.rule.slow_momentum)
-        fast_share = (1 - self.rule.slow_share) * (1 - momentum)
-        slow_share = self.rule.slow_share * (1 - self.rule.slow_momentum)
-        mixed = torch._foreach_add(torch._foreach_mul(means, fast_share), slow, alpha=slow_share)
-        return torch._foreach_add(torch._foreach_mul(mixed, momentum), grads, alpha=1 - momentum)
-
-    def advance_mean(self, name: str, weights: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
-        """Sums of gradients, each remembered for 1 / (1 - memory) steps."""
-        for weight in weights:
-            if name not in self.state[weight]:
-                self.state[weight][name] = torch.zeros_like(weight)
-        sums = [self.state[weight][name] for weight in weights]
-        torch._foreach_mul_(sums, memory)
-        torch._foreach_add_(sums, grads)
-        return sums
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, grads)
+        return torch._foreach_add(grads, means, alpha=momentum)
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)
@@ -1331,13 +1297,7 @@ Groups = dict[str, list[dict[str, Any]]]  # torch's parameter groups by declared
 def build_muon(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:
     others = [*groups["table"], *groups["vector"]]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-    rule = MuonRule(
-        coefficients=COEFFICIENTS[config.newton_schulz],
-        slow_momentum=config.slow_momentum,
-        slow_share=config.slow_share,
-        row_norm=config.row_norm,
-        cautious_decay=config.cautious_decay,
-    )
+    rule = MuonRule(COEFFICIENTS[config.newton_schulz], config.row_norm)
     return {"muon": Muon(groups["matrix"], rule, ctx), "adam": adam}
 
 

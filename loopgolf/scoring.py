@@ -266,7 +266,7 @@ class WindowScorer:
         lora = self.first_rows_of_lora(rows)
         has_past = self.length > block or self.band < block
         cache = Cache(self.band) if has_past else None
-        memory = self.build_memory() if self.build_memory else None
+        memory = self.start_memory()
         for at in range(0, max(w.stop - 1 - w.start for w in windows), block):
             piece = inputs[:, at : at + block]
             self.forwarded += piece.numel()
@@ -294,6 +294,10 @@ class WindowScorer:
                     places=torch.tensor(places).to(device),
                     memory=memory,
                 )
+
+    def start_memory(self) -> Memory | None:
+        """Of a batch of windows, with nothing in it yet."""
+        return self.build_memory() if self.build_memory else None
 
     def first_rows_of_lora(self, rows: int) -> Lora:
         return {

@@ -29,7 +29,7 @@ def test_steps_follow_the_schedule(capsys):
 
     always, late, never = (steps(f"--loop_start {start}") for start in (0, 0.5, 1))
     assert always < late < never and late == pytest.approx((always + never) / 2, abs=2)
-    assert steps("--contexts 1024:0.9") > steps("") and steps("--batches 393216:0.5") > 1.4 * steps("")
+    assert steps("--contexts 1024:0.9") > steps("")
 
 
 @pytest.mark.parametrize(

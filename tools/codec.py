@@ -124,7 +124,7 @@ def walk(predictor: Predictor, n_tokens: int, choose: Callable[[Tensor], int], t
             for index, chunk in enumerate(track):
                 for window in chunk:
                     cache, fresh = Cache(scorer.band), row[window.start : window.first]
-                    memory = scorer.build_memory() if scorer.build_memory else None
+                    memory = scorer.start_memory()
                     for position in range(window.first, window.stop):
                         with torch.no_grad():
                             tokens = fresh[None].to(predictor.ctx.device)

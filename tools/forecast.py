@@ -5,7 +5,7 @@ evaluation, memory. Arithmetic only: nothing here was measured on a GPU.
     python -m tools.forecast golf --options '--plan abc(def)*3gh' --gpus 1 --seconds 600 --peak 989
 
 Steps and evaluation are given for two shares of the peak: the entry that this project starts from reached 25%, good
-scripts of the field 40 to 50%. Work is counted over the schedule: loops off and on, contexts and batches that grow. The
+scripts of the field 40 to 50%. Work is counted over the schedule: loops off and on, contexts that grow. The
 evaluation is that of the challenge's validation set, 151 MB of text: passes of the model, without masking and recall.
 """
 
@@ -63,7 +63,6 @@ def flops_of_token(config: train_gpt.Config, is_once: bool, seq_len: int) -> int
         plan=plan_once(config.plan) if is_once else config.plan,
         seq_len=seq_len,
         batch_tokens=seq_len,
-        batches="",
         contexts="",
         stride=1,
         band=0,
