@@ -28,7 +28,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -716,11 +716,12 @@ class PassRow(NamedTuple):
     mix: Tensor | None  # (2, D): of the stream and of the embedding
     scale: Tensor | None  # (2, D): of what attention and MLP add
     adapter: Tensor | None  # (2, D, R)
-    loop: Tensor | None  # (D,): what a mixture of experts knows of the visit
-    value: Tensor | None  # (B, T, kv heads * K): added to the values
+    value: Tensor | None  # (B, T, kv heads * K): the tokens' value embeddings, added to the values
+    value_scale: Tensor | None  # (): of what is added
     is_xsa: bool
     is_parallel: bool = False  # the MLP reads what attention reads
     depth_scale: Tensor | None = None  # (): of what both read
+    loop: Tensor | None = None  # (D,): what a mixture of experts knows of the visit
     back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
     past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
@@ -742,6 +743,7 @@ class PassTable(DeclaringModule):
     def __init__(self, config: Config, n_slots: int):
         super().__init__()
         P, D = n_slots, config.model_dim
+        self.n_slots = n_slots
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.parallel = parse_pass_set("parallel_passes", config.parallel_passes, P)
         value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
@@ -763,34 +765,40 @@ class PassTable(DeclaringModule):
         depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
         self.register_buffer("depth_scales", depth_scales, persistent=False)
 
-    def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
-        """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
-        mix = None if self.mixes is None else self.mixes[slot]
-        scale = None if self.scales is None else self.scales[slot]
-        adapter = None if self.adapters is None else self.adapters[slot]
-        scaled_value = None
-        if slot in self.value_rows and value is not None and self.value_scales is not None:
-            scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
-        depth_scale = None if self.depth_scales is None else self.depth_scales[slot]
-        return PassRow(
-            mix=mix,
-            scale=scale,
-            adapter=adapter,
-            loop=loop,
-            value=scaled_value,
-            is_xsa=slot in self.xsa,
-            is_parallel=slot in self.parallel,
-            depth_scale=depth_scale,
-            back=None if self.backs is None else self.backs[slot],
-        )
+    def rows(self, value: Tensor | None) -> list[PassRow]:
+        """The row of every slot. `value`: the value embeddings, which some passes add."""
+        value_scales = dict(zip(self.value_rows, list_rows(self.value_scales, len(self.value_rows))))
+        columns = [list_rows(table, self.n_slots) for table in (self.mixes, self.scales, self.adapters, self.backs)]
+        return [
+            PassRow(
+                mix=mix,
+                scale=scale,
+                adapter=adapter,
+                back=back,
+                value=value if slot in value_scales else None,
+                value_scale=value_scales.get(slot),
+                is_xsa=slot in self.xsa,
+                is_parallel=slot in self.parallel,
+                depth_scale=None if self.depth_scales is None else self.depth_scales[slot],
+            )
+            for slot, (mix, scale, adapter, back) in enumerate(zip(*columns))
+        ]
 
-    def join(self, index: int, x: Tensor, left: Tensor) -> Tensor:
-        """The stream and what pass `index` left for its mirror image in the second half."""
-        assert self.skips is not None
-        left = self.skips[index].to(x.dtype) * left
-        if self.skip_gates is None:
-            return x + left
-        return torch.lerp(left, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+    def joints(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """How each pass of the first half joins its mirror image: the scale and the gate of what it left."""
+        n_skips = self.n_slots // 2
+        return list(zip(list_rows(self.skips, n_skips), list_rows(self.skip_gates, n_skips)))
+
+
+def list_rows(table: Tensor | None, n: int) -> Sequence[Tensor | None]:
+    """All rows at once: their gradients are put together once, and not added up row by row."""
+    return [None] * n if table is None else table.unbind()
+
+
+def join(x: Tensor, left: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
+    """The stream and what a pass left for its mirror image in the second half."""
+    left = scale.to(x.dtype) * left
+    return x + left if gate is None else torch.lerp(left, x, torch.sigmoid(gate).to(x.dtype))
 
 
 class Stream(NamedTuple):
@@ -814,6 +822,13 @@ def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tu
         is_same = docs[:, n:] == docs[:, n - lag : -lag]
         x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
     return x, line[:, -n:].clone()  # a view would keep the whole line
+
+
+def smear(x: Tensor, gate: Tensor, is_start: Tensor) -> Tensor:
+    """(B, 1 + T, D) to (B, T, D): each embedding is mixed with the one before it, unless it starts a document
+    (modded-nanogpt; parameter-golf #65)."""
+    gate = torch.sigmoid(gate).to(x.dtype)
+    return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[..., None], 0, x[:, :-1])
 
 
 class Attention(DeclaringModule):
@@ -858,7 +873,8 @@ class Attention(DeclaringModule):
         """Queries (B, T, H, K), keys and values of all positions in sight, (B, L, kv heads, K) each."""
         q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
         if row.value is not None:
-            v = v + row.value
+            assert row.value_scale is not None
+            v = v + row.value_scale.to(v.dtype) * row.value
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
@@ -1016,6 +1032,8 @@ class LoopedGPT(DeclaringModule):
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
         self.run_block = compile_in(("block",), compile_mode, Block.forward)
+        self.run_join = compile_in(("block",), compile_mode, join)
+        self.run_smear = compile_in(("block",), compile_mode, smear)
         self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_torch)
 
     def reach_of(self, block: int) -> int:
@@ -1074,7 +1092,8 @@ class LoopedGPT(DeclaringModule):
         n_skips = len(passes) // 2 if self.config.skips == "unet" else 0
         stream = self.enter(tokens, cache)
         x = stream.x0.clone()  # one tensor under two names would be a graph of its own to the compiler
-        value = self.value_out(self.value(tokens)) if self.passes.value_rows else None
+        rows = self.passes.rows(self.value_out(self.value(tokens)) if self.passes.value_rows else None)
+        joints = self.passes.joints()
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
         pushed: list[Tensor] = []  # streams of the first half, for the second
@@ -1087,10 +1106,10 @@ class LoopedGPT(DeclaringModule):
                     x = self.mix_in(group, entered[group], x)
                 if n_skips <= index < 2 * n_skips:  # by the order of the passes that there are, loops on or off
                     mirror = 2 * n_skips - 1 - index
-                    x = self.passes.join(mirror, x, pushed[mirror])
+                    x = self.run_join(x, pushed[mirror], *joints[mirror])
                 name = self.plan.names[p.block]
                 block = self.block(name)
-                row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
+                row = rows[p.slot]._replace(loop=block.loop_row(p.visit), lora=lora.get(name, {}))
                 if cache:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
                     row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
@@ -1152,11 +1171,7 @@ class LoopedGPT(DeclaringModule):
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
             x = self.norms(x, "embed")
-        if self.smear_gate is None:
-            return x[:, 1:]
-        # smear: modded-nanogpt; parameter-golf #65
-        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
-        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+        return x[:, 1:] if self.smear_gate is None else self.run_smear(x, self.smear_gate, is_start[:, 1:])
 
     def linears(self) -> dict[str, dict[str, Linear]]:
         return {name: self.block(name).linears() for name in self.plan.names}

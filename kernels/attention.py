@@ -39,13 +39,13 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor 
     past = L - T
     # the query heads that share keys are rows of one product
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    k, v = (t.transpose(1, 2).reshape(B * J, L, K) for t in (k, v))
     out, block = [], 128  # scores of one product stay in the cache
-    for start in range(0, T, block):
+    for start, rows in zip(range(0, T, block), q.split(block, 3)):
         stop = min(start + block, T)
         low, high = max(0, past + start - window + 1), past + stop
-        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
-        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        rows = rows.reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, low:high].mT).view(B, J, H // J, stop - start, high - low)
         lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
         lag = lag - torch.arange(low, high, dtype=torch.int32)
         hidden = (lag < 0) | (lag >= window)
@@ -62,7 +62,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
 

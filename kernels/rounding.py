@@ -24,15 +24,24 @@ STEP_BITS = 10  # the mantissa of fp16
 
 
 def quantize_rows(weight: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> tuple[Tensor, Tensor]:
-    """The spread of a row is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
-    step = shorten_mantissa(step, step_bits)
-    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
-    return codes.round().clamp(-largest, largest).to(torch.int8), step
+    step = find_steps(weight, largest, k, step_bits)
+    return round_rows(weight, step, largest).to(torch.int8), step
 
 
 def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
+
+
+def find_steps(weight: Tensor, largest: int, k: float, step_bits: int) -> Tensor:
+    """The spread of a row is taken around zero, as the grid is."""
+    step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
+    return shorten_mantissa(step, step_bits)
+
+
+def round_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:
+    """Whole numbers, as floats."""
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round_().clamp_(-largest, largest)
 
 
 def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
@@ -44,8 +53,8 @@ def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
 
 
 def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
-    codes, step = quantize_rows(weight, largest, k, step_bits)
-    out.copy_(dequantize_rows(codes, step))
+    step = find_steps(weight, largest, k, step_bits)
+    out.copy_(round_rows(weight, step, largest).mul_(step.float()[:, None]))
 
 
 def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:

@@ -126,7 +126,9 @@ def test_skips_are_mixed_as_their_formula_says():
     passes = tiny_model(tiny_config(**LOOP, skip_gates=True)).passes
     x, left = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
     share = torch.sigmoid(passes.skip_gates[1])
-    torch.testing.assert_close(passes.join(1, x, left), share * x + (1 - share) * passes.skips[1] * left)
+    torch.testing.assert_close(
+        train_gpt.join(x, left, *passes.joints()[1]), share * x + (1 - share) * passes.skips[1] * left
+    )
 
 
 @torch.no_grad()
