@@ -819,8 +819,9 @@ def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tu
     line = torch.cat((x.new_zeros(B, n, D) if earlier is None else earlier, x), 1)
     docs = F.pad(docs, (n, 0), value=-1)[:, -T - n :]  # of no document
     for lag in range(1, n + 1):
-        is_same = docs[:, n:] == docs[:, n - lag : -lag]
-        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
+        before = slice(n - lag, n - lag + T)  # the positions that are `lag` earlier
+        is_same = docs[:, n:] == docs[:, before]
+        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, before], 0)
     return x, line[:, -n:].clone()  # a view would keep the whole line
 
 
@@ -944,7 +945,8 @@ class Block(DeclaringModule):
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        seen, last_seen = self.read(x, "attention", row), None
+        last_seen = None
+        seen = self.read(x, "attention", row)
         if row.back is not None and stream.docs is not None:
             seen, last_seen = look_back(seen, row.back, row.past, stream.docs)
         y, keys_values = self.attention(seen, row, stream)
@@ -953,7 +955,8 @@ class Block(DeclaringModule):
             x = self.norms(x, "attention_out")
         if not row.is_parallel:  # parameter-golf #1412
             seen = self.read(x, "mlp", row)
-        y, losses = self.mlp(seen, row.lora), None
+        losses = None
+        y = self.mlp(seen, row.lora)
         if self.moe is not None:
             seen = seen if row.is_parallel else self.read(x, "moe", row)
             y, losses = self.moe.add_to(y, seen, row.loop)
@@ -1096,7 +1099,7 @@ class LoopedGPT(DeclaringModule):
         joints = self.passes.joints()
         run_block = self.choose_block_runner(on_pass)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
-        pushed: list[Tensor] = []  # streams of the first half, for the second
+        pushed: list[Tensor] = []  # streams of the first half, for the second: of the passes there are, loops on or off
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
@@ -1104,9 +1107,9 @@ class LoopedGPT(DeclaringModule):
                     entered[group] = x
                 for group in p.inject:
                     x = self.mix_in(group, entered[group], x)
-                if n_skips <= index < 2 * n_skips:  # by the order of the passes that there are, loops on or off
-                    mirror = 2 * n_skips - 1 - index
-                    x = self.run_join(x, pushed[mirror], *joints[mirror])
+                if index >= n_skips and pushed:
+                    left = pushed.pop()
+                    x = self.run_join(x, left, *joints[len(pushed)])
                 name = self.plan.names[p.block]
                 block = self.block(name)
                 row = rows[p.slot]._replace(loop=block.loop_row(p.visit), lora=lora.get(name, {}))

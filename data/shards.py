@@ -76,11 +76,12 @@ class TokenStream:
     """The shards of one split as one long row of tokens that repeats after its end."""
 
     def __init__(self, folder: str, split: str, vocab_size: int):
+        self.folder = folder
+        self.vocab_size = vocab_size
         self.paths = find_shards(folder, split)
         self.shards = [read_shard(path) for path in self.paths]
-        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
-        if highest >= vocab_size:
-            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        for shard in self.shards:
+            self.check(shard[: 1 << 20])  # at once what is easily seen, the rest when it is read
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.total = int(self.starts[-1])
 
@@ -91,7 +92,15 @@ class TokenStream:
             index = np.searchsorted(self.starts, start, side="right") - 1
             pieces.append(self.shards[index][start - self.starts[index] :][:count])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces)
+        tokens = np.concatenate(pieces)
+        self.check(tokens)
+        return tokens
+
+    def check(self, tokens: np.ndarray) -> None:
+        highest = int(tokens.max(initial=0))
+        if highest >= self.vocab_size:
+            why = f"token {highest} is outside the vocabulary of {self.vocab_size}; set --vocab_size"
+            raise DataError(f"{self.folder}: {why}")
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(windows, length): the tokens from each start on."""

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import shards
-from data.shards import HEADER_BYTES, SHARD_MAGIC, find_shards, read_shard, write_shard
+from data.shards import HEADER_BYTES, SHARD_MAGIC, TokenStream, find_shards, read_shard, write_shard
 from loopgolf import runtime
 from loopgolf.errors import DataError
 
@@ -138,3 +138,13 @@ def test_missing_data_names_the_folder_and_the_commands(tmp_path: Path) -> None:
             find_shards(folder, "train")
         for part in (str(folder), "python -m data.localtext", "python -m data.fineweb"):
             assert part in str(raised.value)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    tokens = np.full((1 << 20) + 300, 7)
+    tokens[-2] = 1024  # later than what is looked at before a run starts
+    write_shard(tmp_path / "a_train_0.bin", tokens)
+    stream = TokenStream(str(tmp_path), "train", vocab_size=1024)
+    assert stream.read(0, 1000).max() == 7
+    with pytest.raises(DataError, match="token 1024 is outside the vocabulary of 1024; set --vocab_size"):
+        stream.read_windows(np.array([0, 1 << 20]), 300)
