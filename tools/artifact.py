@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from loopgolf.options import Parser
 from loopgolf.params import collect_specs
 from loopgolf.quantize import RowGrid
 from loopgolf.runtime import run_program, write_atomic
+from tools.lib.finished import load_finished
 from tools.lib.runlog import RunError
 from tools.plot import COLORS, import_pyplot, measure_bytes
 
@@ -144,21 +144,11 @@ def size(path: Path, code: Path | None, limit: int) -> int:
 
 def fit(folder: Path, byte_limit: int, out: Path) -> None:
     """Exports a finished run again from its checkpoint, as train_gpt.py would have with this limit."""
-    try:
-        config = train_gpt.Config(**json.loads((folder / "config.json").read_text()))
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["state"]
-        weights = saved["average"]["mean"] or saved["weights"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{folder}: not a finished run ({error.__class__.__name__}: {error})") from None
-    ctx = train_gpt.build_context(replace(config, compile="none"), {})
-    config = replace(config, byte_limit=byte_limit)
-    tokenizer = train_gpt.load_run_tokenizer(config)
-    text = train_gpt.TrainingText(config, train_gpt.list_shapes(config))
-    model = train_gpt.build_model(config, ctx)
-    weights = {name: weights[name].to(ctx.device) for name, _ in model.named_parameters()}
-    hessians = train_gpt.calibrate(config, ctx, weights, text) if config.calibration_tokens else {}
-    trained = train_gpt.Trained(weights, hessians, train_gpt.plan_k_scale(config, model), train_gpt.Position())
-    content = train_gpt.fit_artifact(config, model, trained, tokenizer.identity)
+    run = load_finished(folder)
+    config = replace(run.config, byte_limit=byte_limit)
+    k_scale = train_gpt.plan_k_scale(config, run.model)
+    trained = train_gpt.Trained(run.weights, run.hessians, k_scale, train_gpt.Position())
+    content = train_gpt.fit_artifact(config, run.model, trained, run.tokenizer.identity)
     write_atomic(out, content)
     room = byte_limit - config.code_reserve
     share = f" of_limit:{(len(content) + config.code_reserve) / byte_limit:.4f}" if byte_limit else ""
