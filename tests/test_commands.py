@@ -27,6 +27,7 @@ NOT_RUN = {
     r"-m tools\.record": "a record of whole runs takes minutes, tested in test_record.py",
     r"-m tools\.audit": "hundreds of passes, tested in test_audit.py",
     r"-m tools\.(seeds|sweep)": "starts many programs, tested in test_seeds.py and test_depth.py",
+    r"-m tools\.allocate": "limits that bind pocket are too large for a tiny run, tested in test_allocate.py",
     r"-m tools\.ablate": "makes runs of a commit, tested in test_ablate.py",
     r"-m kernels\.check": "needs a GPU, or the interpreter, tested in test_kernels.py",
     r"-m data\.localtext": "reads every installed package, tested in test_localtext.py",

@@ -1,0 +1,455 @@
+"""Which weights deserve finer grids: what a byte buys in each tensor and role of a finished run, and the k of every
+role at which it buys the same.
+
+    python -m tools.allocate runs/ID
+    python -m tools.allocate runs/ID --limits 140000,160000,180000 --batches 16 --out allocation.png
+    python -m tools.allocate runs/ID --json
+
+The step of a grid is k standard deviations of a row over the largest code. Bytes fall with the logarithm of k, and the
+loss that rounding costs grows with its square (the law). So the cost of a tensor or role is measured at coarser steps,
+against no rounding at all, everything else rounded as it is, and brought back to the step at hand by these squares. Its
+slope is what it loses for each kB that it saves, in thousandths of a bit per byte (mb); at the best allocation all
+slopes are the same. The k's move until slopes agree within two standard errors, four times at most, and all is measured
+anew after each move. A role whose weights lie beyond the largest code (clipped) needs more bits, not another k.
+
+At every limit real files of three allocations are written, read back and measured: one step for all roles, the k's of
+the run, and those found. Differences are paired by batch and given three times: as measured; at equal bytes, by the
+common slope; and as the law has them. The last line has the options for a run.
+
+The text is what the run would have read next of its training text, never validation text. What is measured is rounding
+after training, as the exporter does it. Training with other k's adapts to them, and a file on the very grid of its
+training is better than its neighbours, which favours the k's of the run at its own limit: only a run decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import train_gpt
+from data.folder import positive
+from loopgolf.artifact import unpack_artifact
+from loopgolf.errors import DoesNotFit
+from loopgolf.options import Parser
+from loopgolf.params import collect_specs
+from loopgolf.quantize import Format, RowGrid
+from loopgolf.runtime import run_program
+from loopgolf.scoring import ByteCounter
+from tools.lib.finished import load_finished
+from tools.lib.runlog import RunError
+from tools.plot import COLORS, check_picture, import_pyplot, save_picture
+
+COARSER = (1.4, 1.7, 2.0)  # times the step at hand: there the cost of rounding is measured
+ROUNDS = 4
+ATTEMPTS = 6  # at the size of a file
+MOST_MOVE = 2.0  # of a k in one round, either way
+Ks = dict[str, float]  # by role
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of rounding a role, or one tensor, at its present k."""
+
+    name: str
+    role: str
+    k: float  # as the option says: k_scale is not in it
+    step: float  # in standard deviations of a row
+    weights: int
+    bytes: float
+    clipped: float  # share of the weights that lie beyond the largest code
+    saved: float  # bytes, for each factor e by which k grows
+    mb: float
+    noise: float  # standard error of mb
+
+    @property
+    def slope(self) -> float:
+        """mb for each kB that a coarser step would save: the cost grows with the square of k."""
+        return 2 * self.mb / self.saved * 1000 if self.saved else 0.0
+
+    @property
+    def slope_noise(self) -> float:
+        return 2 * self.noise / self.saved * 1000 if self.saved else 0.0
+
+
+@dataclass(frozen=True)
+class File:
+    """A real file of one allocation, reloaded."""
+
+    allocation: str
+    k: Ks
+    bytes: int
+    bpb: float
+    mb: float  # against the uniform allocation
+    noise: float  # standard error of mb
+    mb_at_equal_bytes: float
+    mb_by_law: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came out at one limit."""
+
+    limit: int
+    rounds: int
+    before: list[Cost]  # of the roles, at the k's of the run
+    after: list[Cost]  # and at those found
+    files: list[File]  # the last one has those
+
+    @property
+    def options(self) -> str:
+        return " ".join(f"--{role}_k {k:g}" for role, k in self.files[-1].k.items())
+
+
+@dataclass(frozen=True)
+class Report:
+    run: str
+    windows: int
+    tokens: int
+    bytes: int
+    tensors: list[Cost]  # at the k's of the run and the first limit
+    found: list[Found]
+
+
+class Study:
+    """A finished run, and the text on which its rounding is judged."""
+
+    def __init__(self, folder: Path, n_batches: int):
+        self.run = load_finished(folder)
+        self.model = self.run.model.eval()
+        self.config = replace(self.run.config, k_scale=0.0)
+        self.roles: dict[str, list[str]] = {}  # the tensors of each
+        for name, spec in collect_specs(self.model).items():
+            if spec.grid:
+                self.roles.setdefault(spec.grid, []).append(name)
+        self.n_windows = n_batches * self.config.score_batch
+        tokens = self.run.text.read(self.run.consumed, self.n_windows, self.config.seq_len)
+        counter = ByteCounter(self.run.tokenizer.model)
+        self.n_tokens = tokens[:, 1:].numel()
+        self.n_bytes = counter.count(tokens[:, :-1].flatten().numpy(), tokens[:, 1:].flatten().numpy())
+        self.batches = tokens.to(self.run.ctx.device).split(self.config.score_batch)
+
+    @torch.no_grad()
+    def losses(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Of each batch, in thousandths of a bit per byte."""
+        self.model.load_state_dict(weights)
+        nats = [float(self.model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())) for tokens in self.batches]
+        return torch.tensor(nats, dtype=torch.float64) * (1000 / math.log(2) * self.n_tokens / self.n_bytes)
+
+    def config_at(self, limit: int, k: Ks) -> train_gpt.Config:
+        changes: dict[str, Any] = {f"{role}_k": value for role, value in k.items()}
+        return replace(self.config, byte_limit=limit, **changes)
+
+    def solve(self, limit: int, k: Ks) -> float:
+        """The k_scale of a file of that size, by entropy."""
+        config = self.config_at(limit, k)
+
+        def size_at(k_scale: float) -> int:
+            formats = train_gpt.build_formats(config, self.model, k_scale)
+            return train_gpt.forecast_bytes(self.model, formats, self.run.weights)
+
+        k_scale = train_gpt.solve_k_scale(size_at, limit - config.code_reserve, config)
+        if k_scale == train_gpt.FINEST:
+            most = size_at(k_scale) + config.code_reserve
+            raise RunError(f"--limits {limit}: the finest grids need {most:,} bytes; give a limit below")
+        return k_scale
+
+    def round(self, names: Iterable[str], formats: Mapping[str, Format], coarser: float = 1.0) -> dict[str, Tensor]:
+        rounded = {}
+        for name in names:
+            form = formats[name]
+            if isinstance(form, RowGrid):
+                form = replace(form, k=form.k * coarser)
+            stored = form.quantize(self.run.weights[name], self.run.hessians.get(name))
+            rounded[name] = form.dequantize(stored)
+        return rounded
+
+    def measure(self, groups: Mapping[str, list[str]], limit: int, k: Ks, bar: tqdm) -> list[Cost]:
+        """Of each group of tensors of one role, while all others stay rounded."""
+        formats = train_gpt.build_formats(self.config_at(limit, k), self.model, self.solve(limit, k))
+        rounded = self.round(self.run.weights, formats)
+        costs = []
+        for name, members in groups.items():
+            exact = self.losses(rounded | {member: self.run.weights[member] for member in members})
+            rises = [self.losses(rounded | self.round(members, formats, by)) - exact for by in COARSER]
+            mb = torch.stack(rises).sum(0) / sum(by**2 for by in COARSER)
+            costs.append(self.describe(name, members, formats, k, mb))
+            bar.update()
+        return costs
+
+    def describe(self, name: str, members: list[str], formats: Mapping[str, Format], k: Ks, mb: Tensor) -> Cost:
+        grid = formats[members[0]]
+        assert isinstance(grid, RowGrid)
+        weights = [self.run.weights[member] for member in members]
+
+        def size_at(factor: float) -> float:
+            form = replace(grid, k=grid.k * factor)
+            return sum(form.expected_bytes(tuple(weight.shape), weight) for weight in weights)
+
+        role = next(role for role, names in self.roles.items() if members[0] in names)
+        n_weights = sum(weight.numel() for weight in weights)
+        return Cost(
+            name=name,
+            role=role,
+            k=k[role],
+            step=grid.k / grid.largest,
+            weights=n_weights,
+            bytes=size_at(1.0),
+            clipped=sum(count_clipped(weight, grid) for weight in weights) / n_weights,
+            saved=(size_at(1 / 1.2) - size_at(1.2)) / (2 * math.log(1.2)),
+            mb=float(mb.mean()),
+            noise=standard_error(mb),
+        )
+
+    def write(self, limit: int, k: Ks) -> bytes:
+        """The largest file found within the limit. Sizes jump a little from one k_scale to the next, and the search of
+        the exporter, which ends with 99.5% of the limit or an error, is not for k's that it was never trained with."""
+        config = self.config_at(limit, k)
+        largest = b""
+        solved = self.solve(limit, k)
+        low, high = 0.9 * solved, 1.1 * solved  # the coder and GPTQ make files smaller or larger than by entropy
+        for _ in range(ATTEMPTS):
+            k_scale = math.sqrt(low * high)
+            formats = train_gpt.build_formats(config, self.model, k_scale)
+            content = train_gpt.encode_artifact(
+                config, self.model, self.run.weights, formats, self.run.hessians, self.run.tokenizer.identity
+            )
+            if len(content) <= limit - config.code_reserve:
+                high = k_scale
+                largest = max(largest, content, key=len)
+            else:
+                low = k_scale
+        if not largest:
+            raise DoesNotFit(f"--limits {limit}: no file of {k} fits; give a larger limit")
+        return largest
+
+
+def count_clipped(weight: Tensor, grid: RowGrid) -> int:
+    spread = weight.square().mean(1, keepdim=True).sqrt()
+    return int((weight.abs() > spread * grid.k * (1 + 0.5 / grid.largest)).sum())
+
+
+def standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values)))
+
+
+def common_slope(costs: Sequence[Cost]) -> float:
+    """Of all k's that grow together."""
+    return 2 * sum(cost.mb for cost in costs) / sum(cost.saved for cost in costs) * 1000
+
+
+def agree(costs: Sequence[Cost]) -> bool:
+    common = common_slope(costs)
+    return all(abs(cost.slope - common) <= 2 * cost.slope_noise for cost in costs)
+
+
+def equalise(costs: Sequence[Cost]) -> Ks:
+    """The k's at which all slopes are the same if a slope grows with the square of its k."""
+    common = max(0.0, common_slope(costs))
+    k = {}
+    for cost in costs:
+        move = math.sqrt(common / cost.slope) if cost.slope > 0 else MOST_MOVE
+        k[cost.role] = cost.k * min(max(move, 1 / MOST_MOVE), MOST_MOVE)
+    return keep_bytes(k, costs)
+
+
+def keep_bytes(k: Ks, costs: Sequence[Cost]) -> Ks:
+    """The same ratios, with as many bytes at one k_scale as the k's of the costs."""
+    moved = sum(cost.saved * math.log(k[cost.role] / cost.k) for cost in costs)
+    factor = math.exp(-moved / sum(cost.saved for cost in costs))
+    return {role: float(f"{value * factor:.4g}") for role, value in k.items()}
+
+
+def uniform(study: Study, costs: Sequence[Cost]) -> Ks:
+    """One step in all roles, so one number of bits per weight."""
+    largest = {role: RowGrid(getattr(study.config, f"{role}_bits")).largest for role in study.roles}
+    return keep_bytes({role: float(value) for role, value in largest.items()}, costs)
+
+
+def predict(costs: Sequence[Cost], k: Ks) -> float:
+    """What rounding costs at other k's, by the law, in a file of the same size."""
+    scaled = keep_bytes(k, costs)
+    return sum(cost.mb * (scaled[cost.role] / cost.k) ** 2 for cost in costs)
+
+
+def allocate(study: Study, limit: int, own: Ks) -> Found:
+    with tqdm(desc=f"{limit:,} bytes", total=(1 + ROUNDS) * len(study.roles), leave=False, disable=None) as bar:
+        k = own
+        before = costs = study.measure(study.roles, limit, k, bar)
+        rounds = 0
+        while rounds < ROUNDS and not agree(costs):
+            k = equalise(costs)
+            costs = study.measure(study.roles, limit, k, bar)
+            rounds += 1
+    allocations = {"uniform": uniform(study, costs), "of the run": own, "equalised": k}
+    return Found(limit, rounds, before, costs, compare(study, limit, allocations, costs))
+
+
+def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequence[Cost]) -> list[File]:
+    """The real files, against the first one."""
+    files: list[File] = []
+    first_bytes, first_losses, first_predicted = 0, torch.zeros(0), 0.0
+    for name, k in allocations.items():
+        content = study.write(limit, k)
+        n_bytes = len(content)
+        losses = study.losses(unpack_artifact(content, train_gpt.describe_stored).tensors)
+        predicted = predict(costs, k)
+        if not files:
+            first_bytes, first_losses, first_predicted = n_bytes, losses, predicted
+        change = losses - first_losses
+        file = File(
+            allocation=name,
+            k=k,
+            bytes=n_bytes,
+            bpb=float(losses.mean()) / 1000,
+            mb=float(change.mean()),
+            noise=standard_error(change),
+            mb_at_equal_bytes=float(change.mean()) + common_slope(costs) * (n_bytes - first_bytes) / 1000,
+            mb_by_law=predicted - first_predicted,
+        )
+        files.append(file)
+    return files
+
+
+def study_run(folder: Path, limits: list[int], n_batches: int) -> Report:
+    study = Study(folder, n_batches)
+    limits = limits or [study.config.byte_limit]
+    if not limits[0]:
+        raise RunError(f"{folder}: this run had no limit; give --limits")
+    own = {role: getattr(study.config, f"{role}_k") for role in study.roles}
+    for limit in limits:
+        study.solve(limit, own)  # refuses what cannot be before the first is measured
+    tensors = {name: [name] for names in study.roles.values() for name in names}
+    with tqdm(desc="tensors", total=len(tensors), leave=False, disable=None) as bar:
+        costs = study.measure(tensors, limits[0], own, bar)
+    return Report(
+        run=str(folder),
+        windows=study.n_windows,
+        tokens=study.n_tokens,
+        bytes=study.n_bytes,
+        tensors=sorted(costs, key=lambda cost: -cost.slope),
+        found=[allocate(study, limit, own) for limit in limits],
+    )
+
+
+def format_costs(costs: Sequence[Cost]) -> list[str]:
+    heads = f"{'k':>9}{'step':>8}{'bits':>7}{'clipped':>9}{'bytes':>12}{'mb':>9}{'±':>7}{'mb/kB':>9}{'±':>7}"
+    width = 2 + max(len(cost.name) for cost in costs)
+    lines = [f"{'':<{width}}{'role':<7}{heads}"]
+    for cost in costs:
+        lines.append(
+            f"{cost.name:<{width}}{cost.role:<7}{cost.k:>9.4g}{cost.step:>8.3f}{8 * cost.bytes / cost.weights:>7.2f}"
+            f"{cost.clipped:>9.2%}{cost.bytes:>12,.0f}{cost.mb:>9.3f}{cost.noise:>7.3f}{cost.slope:>9.3f}"
+            f"{cost.slope_noise:>7.3f}"
+        )
+    return lines
+
+
+def format_files(found: Found) -> list[str]:
+    roles = list(found.files[0].k)
+    heads = "".join(f"{role + '_k':>9}" for role in roles)
+    lines = [f"{'':<12}{heads}{'bytes':>12}{'bpb':>10}{'mb':>9}{'±':>7}{'equal bytes':>13}{'by the law':>12}"]
+    for file in found.files:
+        k = "".join(f"{file.k[role]:>9.4g}" for role in roles)
+        lines.append(
+            f"{file.allocation:<12}{k}{file.bytes:>12,}{file.bpb:>10.5f}{file.mb:>9.3f}{file.noise:>7.3f}"
+            f"{file.mb_at_equal_bytes:>13.3f}{file.mb_by_law:>12.3f}"
+        )
+    return lines
+
+
+def format_report(report: Report) -> str:
+    lines = [
+        f"# {report.run}: {report.windows} windows of training text, {report.tokens:,} tokens, {report.bytes:,} bytes",
+        f"# tensors at {report.found[0].limit:,} bytes with the k's of the run",
+        *format_costs(report.tensors),
+    ]
+    for found in report.found:
+        lines += [
+            "",
+            f"# roles at {found.limit:,} bytes with the k's of the run",
+            *format_costs(found.before),
+            f"# with slopes equalised, after {found.rounds} rounds",
+            *format_costs(found.after),
+            f"# files at {found.limit:,} bytes",
+            *format_files(found),
+            found.options,
+        ]
+    return "\n".join(lines)
+
+
+def draw(report: Report, out: Path) -> None:
+    """Left the slopes of tensors, right the loss of the three allocations over the limits."""
+    figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(12, 5), layout="constrained")
+    names = [cost.name for cost in report.tensors]
+    for number, role in enumerate(report.found[0].before):
+        costs = [cost for cost in report.tensors if cost.role == role.role]
+        left.barh(
+            [names.index(cost.name) for cost in costs],
+            [cost.slope for cost in costs],
+            xerr=[cost.slope_noise for cost in costs],
+            color=COLORS[number],
+            label=role.role,
+        )
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel(f"mb lost per kB saved, at {report.found[0].limit:,} bytes")
+    left.legend(loc="lower right", frameon=False)
+    found = sorted(report.found, key=lambda found: found.limit)
+    for number, name in enumerate(file.allocation for file in found[0].files):
+        files = [one.files[number] for one in found]
+        sizes = [file.bytes / 1000 for file in files]
+        right.plot(sizes, [file.bpb for file in files], marker="o", color=COLORS[number], label=name)
+    right.set_xlabel("kilobytes of the file")
+    right.set_ylabel("bits per byte of training text")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    save_picture(figure, out)
+
+
+def read_limits(text: str) -> list[int]:
+    return [positive(word) for word in text.split(",")]
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out:
+        check_picture(args.out)
+    report = study_run(args.run, args.limits, args.batches)
+    print(json.dumps(asdict(report), indent=1) if args.json else format_report(report))
+    if args.out:
+        draw(report, args.out)
+
+
+def at_least_two(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: 2 or more are needed, or there is no telling the noise")
+    return value
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m tools.allocate", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--limits", type=read_limits, default=[], help="bytes, with commas between [that of the run]")
+    parser.add_argument("--batches", type=at_least_two, default=8, help="of score_batch windows to measure on [8]")
+    parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw it as well: .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    return run_program(run, build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
