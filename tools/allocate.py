@@ -107,7 +107,7 @@ class Found:
 
     @property
     def options(self) -> str:
-        return " ".join(f"--{role}_k {k:g}" for role, k in self.files[-1].k.items())
+        return format_options(self.files[-1].k)
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,12 @@ class Study:
             else:
                 low = k_scale
         if not largest:
-            raise DoesNotFit(f"--limits {limit}: no file of {k} fits; give a larger limit")
+            raise DoesNotFit(f"--limits {limit}: no file fits with {format_options(k)}; give a larger limit")
         return largest
+
+
+def format_options(k: Ks) -> str:
+    return " ".join(f"--{role}_k {value:g}" for role, value in k.items())
 
 
 def count_clipped(weight: Tensor, grid: RowGrid) -> int:
@@ -257,7 +261,7 @@ def equalise(costs: Sequence[Cost]) -> Ks:
     common = max(0.0, common_slope(costs))
     k = {}
     for cost in costs:
-        move = math.sqrt(common / cost.slope) if cost.slope > 0 else MOST_MOVE
+        move = math.sqrt(common / cost.slope) if cost.slope > 0 else math.inf
         k[cost.role] = cost.k * min(max(move, 1 / MOST_MOVE), MOST_MOVE)
     return keep_bytes(k, costs)
 
