@@ -1660,7 +1660,9 @@ def is_limit_binding(config: Config, k_scale: float) -> bool:
 
 def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: dict[str, Any]) -> bytes:
     """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
-    and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
+    and 100% of it, or the largest found below. Sizes are searched by entropy; what coder and feedback add is learned from
+    each attempt."""
+    largest = b""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
     overhead = 0  # bytes of the latest attempt over its forecast
 
@@ -1681,10 +1683,13 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
     for _ in range(FIT_ATTEMPTS):
         k_scale = solve_k_scale(forecast, int(0.998 * room), config)
         content = encode(k_scale, trained.hessians if k_scale != trained.k_scale else {})
-        is_full = len(content) >= 0.995 * room or k_scale == FINEST
-        if len(content) <= room and is_full:
-            return content
+        if len(content) <= room:
+            largest = max(largest, content, key=len)
+            if len(content) >= 0.995 * room or k_scale == FINEST:
+                return content
         overhead += len(content) - forecast(k_scale)
+    if largest:
+        return largest
     raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
 
 

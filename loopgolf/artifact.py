@@ -24,7 +24,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from loopgolf.coder import decode_matrices, encode_matrices
+from loopgolf.coder import decode_matrices, decode_rows, encode_rows
 from loopgolf.errors import ArtifactError
 from loopgolf.quantize import Format, StoredTensor
 
@@ -35,6 +35,10 @@ DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 20
 MAX_RAW_BYTES = 1 << 30
 STREAMS = (torch.int8, torch.float16)  # what lies in each stream, in the order of the file
+MATRIX_CODECS = {
+    "rans_rows": decode_rows,
+    "rans": decode_matrices,
+}  # of integer codes; files until 2026-11-30 have rans
 
 
 class Described(NamedTuple):
@@ -113,8 +117,8 @@ def stored_tensors(layout: Layout, dtype: torch.dtype) -> Iterable[tuple[str, St
 def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
     loses on them, so there it is only tried where a quick level wins already."""
-    choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans"]):
+    choices = {"rans_rows": encode_rows(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans_rows"]):
         choices["zstd"] = zstandard.compress(content, 22)
     if not matrices:
         # first bytes are alike, second ones are noise: parameter-golf #1089
@@ -177,8 +181,9 @@ def read_header(header: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Str
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
     sizes = [size for stream in streams for size in (stream.bytes, stream.raw_bytes)]
     are_sizes = all(type(size) is int and size >= 0 for size in sizes) and len(streams) == len(STREAMS)
+    have_names = all(isinstance(stream.codec, str) for stream in streams)
     is_known = isinstance(stored, dict) and isinstance(tokenizer, dict) and set(tokenizer) == {"sha256", "vocab"}
-    require(are_sizes and is_known, "its header holds values of another kind")
+    require(are_sizes and have_names and is_known, "its header holds values of another kind")
     return stored, tokenizer, streams
 
 
@@ -203,9 +208,10 @@ def read_streams(
 def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> bytes:
     """`shapes`: of the matrices of codes in this stream."""
     try:
-        if stream.codec == "rans" and shapes:
+        if stream.codec in MATRIX_CODECS and shapes:
+            decode = MATRIX_CODECS[stream.codec]
             matrices = [(rows, columns) for rows, columns in shapes]
-            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, matrices))
+            return b"".join(codes.numpy().tobytes() for codes in decode(packed, matrices))
         is_sized = stream.codec in ("zstd", "zstd_split") and zstandard.frame_content_size(packed) == stream.raw_bytes
         require(is_sized, "a stream has an unknown codec or not the size that it promises")
         if not stream.raw_bytes:

@@ -2,6 +2,7 @@
 
     data = encode_matrices([codes, ...])                   2-D int8 tensors
     codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
+    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
 weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
@@ -10,12 +11,17 @@ A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is d
 
     data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
     side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
+
+Rows of tokens that never occur in training become the same row. Before `data` then stand, with their size in front,
+the labels of all rows, LZMA of u16: 0 for a row unlike all others, else the number of the rows that it is equal to.
 """
 
 import lzma
 import struct
 import zlib
+from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +29,49 @@ from torch import Tensor
 TABLE_BITS = 14  # the frequencies of a table sum to 2^14
 LOWEST = 1 << 16  # a state starts at this value in the encoder, so it has to end there in the decoder
 LANE_SYMBOLS = 1 << 14  # per lane: a state costs 3 bytes more than it carries, 0.03% of its symbols
+MOST_LABELS = (1 << 16) - 1
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def encode_rows(matrices: list[Tensor]) -> bytes:
+    labels = [label_rows(codes) for codes in matrices]
+    kept = [codes[find_sources(label)[0]] for codes, label in zip(matrices, labels)]
+    packed = compress_side(b"".join(label.numpy().astype("<u2").tobytes() for label in labels))
+    return struct.pack("<I", len(packed)) + packed + encode_matrices(kept)
+
+
+def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if len(data) < 4:
+        raise ValueError("labels are cut short")
+    end = 4 + struct.unpack("<I", data[:4])[0]
+    n_rows = [rows for rows, _ in shapes]
+    content = decompress_side(data[4:end], 2 * sum(n_rows), "labels")
+    if len(content) != 2 * sum(n_rows):
+        raise ValueError("labels are cut short")
+    labels = torch.from_numpy(np.frombuffer(content, "<u2").astype(np.int64)).split(n_rows)
+    sources = [find_sources(label) for label in labels]
+    kept = decode_matrices(data[end:], [(len(rows), columns) for (rows, _), (_, columns) in zip(sources, shapes)])
+    return [codes[source] for codes, (_, source) in zip(kept, sources)]
+
+
+def label_rows(codes: Tensor) -> Tensor:
+    """0 for a row unlike all others, else the number of the rows that it is equal to."""
+    contents = [row.tobytes() for row in codes.numpy()]
+    counts = Counter(contents)
+    repeated = [content for content, count in counts.items() if count > 1][:MOST_LABELS]
+    numbers = {content: number for number, content in enumerate(repeated, 1)}
+    return torch.tensor([numbers.get(content, 0) for content in contents])
+
+
+def find_sources(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that are kept, the first of each label and all with 0; and which of these each row is equal to."""
+    rows = torch.arange(len(labels))
+    names, groups = torch.where(labels == 0, -1 - rows, labels).unique(return_inverse=True)
+    first = torch.full((len(names),), len(labels)).scatter_reduce(0, groups, rows, "amin")
+    kept, order = first.sort()
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    return kept, places[groups]
 
 
 def encode_matrices(matrices: list[Tensor]) -> bytes:
@@ -136,12 +184,8 @@ def compute_roots(counts: Tensor) -> Tensor:
 
 def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Class of each column per matrix, frequencies of all tables, number of symbols of each table."""
-    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
     most = sum(3 + columns + 256 * count_classes(rows, columns) for rows, columns in shapes)
-    try:
-        side = bytearray(reader.decompress(packed, most + 1))
-    except lzma.LZMAError:
-        raise ValueError("tables do not decompress") from None
+    side = decompress_side(packed, most, "tables")
     labels, roots, sizes, at = [], [], [], 0
     for rows, columns in shapes:
         count, low, high = side[at : at + 3] if len(side) >= at + 3 else (0, 0, 0)
@@ -158,7 +202,7 @@ def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor
         labels.append(label)
         roots.append(table)
         sizes.append(label.bincount(minlength=count) * rows)
-    if at != len(side) or not reader.eof or reader.unused_data:
+    if at != len(side):
         raise ValueError("tables do not end where they should")
     return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
 
@@ -205,3 +249,15 @@ def price_classes(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def compress_side(side: bytes) -> bytes:
     return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)
+
+
+def decompress_side(packed: bytes, most: int, what: str) -> bytearray:
+    """At most so many bytes: a hostile stream cannot make us allocate more."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
+    try:
+        side = bytearray(reader.decompress(packed, most + 1))
+    except lzma.LZMAError:
+        raise ValueError(f"{what} do not decompress") from None
+    if not reader.eof or reader.unused_data:
+        raise ValueError(f"{what} do not end where they should")
+    return side

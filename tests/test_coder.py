@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loopgolf import coder as rans
-from loopgolf.coder import decode_matrices, encode_matrices
+from loopgolf.coder import decode_matrices, decode_rows, encode_matrices, encode_rows, find_sources, label_rows
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 
@@ -74,6 +74,56 @@ def codes_of_any_kind(draw: st.DrawFn) -> Tensor:
 @given(st.lists(codes_of_any_kind(), max_size=4))
 def test_any_codes_come_back(matrices: list[Tensor]) -> None:
     assert_round_trip(matrices)
+
+
+@st.composite
+def codes_with_repeats(draw: st.DrawFn) -> Tensor:
+    codes = draw(codes_of_any_kind())
+    order = draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=90))
+    return codes[order]
+
+
+@repeatable
+@given(st.lists(codes_with_repeats(), max_size=4))
+def test_equal_rows_are_stored_once_and_come_back(matrices: list[Tensor]) -> None:
+    data = encode_rows(matrices)
+    decoded = decode_rows(data, [tuple(codes.shape) for codes in matrices])
+    assert all(torch.equal(found, codes) for found, codes in zip(decoded, matrices))
+    for codes in matrices:
+        assert len(find_sources(label_rows(codes))[0]) == len(codes.unique(dim=0))
+
+
+def test_equal_rows_cost_three_bits_each_at_most() -> None:
+    codes = build_gaussian(400, 64, 5.0)
+    longer = torch.cat((codes, codes[7].expand(200, -1), codes[9].expand(100, -1)))[torch.randperm(700)]
+    assert len(encode_rows([longer])) < len(encode_rows([codes])) + 3 * 700 / 8
+    assert len(encode_rows([codes])) < len(encode_matrices([codes])) + 24
+
+
+@repeatable
+@given(st.integers(0, 2**31), st.integers(1, 200))
+def test_damaged_labels_end_in_codes_or_a_value_error(seed: int, at: int) -> None:
+    matrices = [build_gaussian(60, 20, 3.0)[torch.arange(90) % 60], build_gaussian(5, 4, 2.0)]
+    data = bytearray(encode_rows(matrices))
+    size = 4 + struct.unpack("<I", data[:4])[0]
+    draw = random.Random(seed)
+    data[at % size] = draw.randrange(256)
+    try:
+        found = decode_rows(bytes(data), [(90, 20), (5, 4)])
+    except ValueError:
+        return
+    assert [tuple(codes.shape) for codes in found] == [(90, 20), (5, 4)]
+
+
+@pytest.mark.parametrize("change", ["none", "cut", "long", "huge"])
+def test_labels_of_another_length_are_refused(change: str) -> None:
+    labels, rest = bytes(2 * 5), encode_matrices([build_gaussian(5, 4, 2.0)])
+    content = dict(none=b"", cut=labels[:-2], long=labels + b"\0\0", huge=bytes(50_000_000))[change]
+    packed = rans.compress_side(content)
+    with pytest.raises(ValueError, match="labels"):
+        decode_rows(struct.pack("<I", len(packed)) + packed + rest, [(5, 4)])
+    with pytest.raises(ValueError, match="labels"):
+        decode_rows(b"abc", [(5, 4)])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (1, 9000), (9000, 1), (256, 300)])
