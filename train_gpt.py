@@ -52,7 +52,16 @@ from kernels.head import head_loss_torch, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, Kept, KeysValues
-from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
+from loopgolf.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    Interrupted,
+    NonFiniteLoss,
+    Stop,
+    TokenError,
+)
 from loopgolf.layers import Adapter, Linear, Norms, Table, rms_norm
 from loopgolf.options import (
     MOST,
@@ -713,12 +722,12 @@ class Budget:
 class PassRow(NamedTuple):
     """What one pass has of its own; None where it has nothing."""
 
-    mix: Tensor | None  # (2, D): of the stream and of the embedding
-    scale: Tensor | None  # (2, D): of what attention and MLP add
-    adapter: Tensor | None  # (2, D, R)
-    value: Tensor | None  # (B, T, kv heads * K): the tokens' value embeddings, added to the values
-    value_scale: Tensor | None  # (): of what is added
-    is_xsa: bool
+    mix: Tensor | None = None  # (2, D): of the stream and of the embedding
+    scale: Tensor | None = None  # (2, D): of what attention and MLP add
+    adapter: Tensor | None = None  # (2, D, R)
+    value: Tensor | None = None  # (B, T, kv heads * K): the tokens' value embeddings, added to the values
+    value_scale: Tensor | None = None  # (): of what is added
+    is_xsa: bool = False
     is_parallel: bool = False  # the MLP reads what attention reads
     depth_scale: Tensor | None = None  # (): of what both read
     loop: Tensor | None = None  # (D,): what a mixture of experts knows of the visit
@@ -746,8 +755,7 @@ class PassTable(DeclaringModule):
         self.n_slots = n_slots
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.parallel = parse_pass_set("parallel_passes", config.parallel_passes, P)
-        value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
-        self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
+        self.value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
         # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
         stream_only = start_stacked(start_at(1.0), start_at(0.0))
         no_op = start_stacked(start_normal(0.01), start_at(0.0))
@@ -760,14 +768,15 @@ class PassTable(DeclaringModule):
         self.declare("skip_gates", (P // 2, D), vector(start_at(0.0)), when=has_skips and config.skip_gates)
         # Canon layers: arXiv:2512.17351
         self.declare("backs", (P, config.look_back, D), vector(start_at(0.0)), when=config.look_back > 0)
-        self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
+        n_values = len(self.value_slots)
+        self.declare("value_scales", (n_values,), vector(start_at(1.0)), when=n_values > 0)
         # parameter-golf #315
         depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
         self.register_buffer("depth_scales", depth_scales, persistent=False)
 
     def rows(self, value: Tensor | None) -> list[PassRow]:
         """The row of every slot. `value`: the value embeddings, which some passes add."""
-        value_scales = dict(zip(self.value_rows, list_rows(self.value_scales, len(self.value_rows))))
+        value_scales = dict(zip(self.value_slots, list_rows(self.value_scales, len(self.value_slots))))
         columns = [list_rows(table, self.n_slots) for table in (self.mixes, self.scales, self.adapters, self.backs)]
         return [
             PassRow(
@@ -784,10 +793,11 @@ class PassTable(DeclaringModule):
             for slot, (mix, scale, adapter, back) in enumerate(zip(*columns))
         ]
 
-    def joints(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def joints(self) -> list[tuple[Tensor, Tensor | None]]:
         """How each pass of the first half joins its mirror image: the scale and the gate of what it left."""
-        n_skips = self.n_slots // 2
-        return list(zip(list_rows(self.skips, n_skips), list_rows(self.skip_gates, n_skips)))
+        if self.skips is None:
+            return []
+        return list(zip(self.skips.unbind(), list_rows(self.skip_gates, len(self.skips))))
 
 
 def list_rows(table: Tensor | None, n: int) -> Sequence[Tensor | None]:
@@ -996,6 +1006,17 @@ def build_mixture(config: Config, grid: str, dtype: torch.dtype, visits: int) ->
     return moe.MoE(config.model_dim, shape, visits, grid, dtype)
 
 
+class Parts(NamedTuple):
+    """What is compiled by itself in mode "block"."""
+
+    block: Callable[..., Any]
+    join: Callable[..., Tensor]
+    smear: Callable[..., Tensor]
+
+
+PLAIN_PARTS = Parts(Block.forward, join, smear)
+
+
 class LoopedGPT(DeclaringModule):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
@@ -1018,7 +1039,7 @@ class LoopedGPT(DeclaringModule):
         if config.bigram_buckets:  # parameter-golf #162
             self.bigram = Table(config.bigram_buckets, config.bigram_dim, dtype, "table", start_normal(0.01))
             self.bigram_out = Linear(config.bigram_dim, (D,), dtype, "edge", start_at(0.0))
-        if self.passes.value_rows:  # parameter-golf #374
+        if self.passes.value_slots:  # parameter-golf #374
             start = start_orthogonal((kv_dim,), 1 / math.sqrt(2 * len(owners)))
             self.value = Table(V, config.ve_dim, dtype, "table", start_normal(0.01))
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype, "edge", start)
@@ -1034,9 +1055,7 @@ class LoopedGPT(DeclaringModule):
         self.norms = Norms(names, D, config.norm_weights)
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
-        self.run_block = compile_in(("block",), compile_mode, Block.forward)
-        self.run_join = compile_in(("block",), compile_mode, join)
-        self.run_smear = compile_in(("block",), compile_mode, smear)
+        self.parts = Parts(*(compile_in(("block",), compile_mode, part) for part in PLAIN_PARTS))
         self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_torch)
 
     def reach_of(self, block: int) -> int:
@@ -1093,13 +1112,16 @@ class LoopedGPT(DeclaringModule):
         passes = self.plan.passes(depth, self.config.table_repetitions)
         slots = cache.slots(self.plan, depth) if cache else []
         n_skips = len(passes) // 2 if self.config.skips == "unet" else 0
-        stream = self.enter(tokens, cache)
+        parts = self.parts if on_pass is None else PLAIN_PARTS
+        stream = self.enter(tokens, cache, parts)
         x = stream.x0.clone()  # one tensor under two names would be a graph of its own to the compiler
-        rows = self.passes.rows(self.value_out(self.value(tokens)) if self.passes.value_rows else None)
+        rows = self.passes.rows(self.value_out(self.value(tokens)) if self.passes.value_slots else None)
         joints = self.passes.joints()
-        run_block = self.choose_block_runner(on_pass)
+        run_block = parts.block
+        if self.config.checkpoint_passes:
+            run_block = functools.partial(checkpoint, parts.block, use_reentrant=False)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
-        pushed: list[Tensor] = []  # streams of the first half, for the second: of the passes there are, loops on or off
+        pushed: list[Tensor] = []  # streams of the first half of the passes that run, popped by the second
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
@@ -1109,7 +1131,7 @@ class LoopedGPT(DeclaringModule):
                     x = self.mix_in(group, entered[group], x)
                 if index >= n_skips and pushed:
                     left = pushed.pop()
-                    x = self.run_join(x, left, *joints[len(pushed)])
+                    x = parts.join(x, left, *joints[len(pushed)])
                 name = self.plan.names[p.block]
                 block = self.block(name)
                 row = rows[p.slot]._replace(loop=block.loop_row(p.visit), lora=lora.get(name, {}))
@@ -1131,12 +1153,6 @@ class LoopedGPT(DeclaringModule):
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
         return self.norms(x, "final"), routing
 
-    def choose_block_runner(self, on_pass: OnPass | None) -> Callable[..., Any]:
-        run_block = self.run_block if on_pass is None else Block.forward
-        if self.config.checkpoint_passes:
-            return functools.partial(checkpoint, run_block, use_reentrant=False)
-        return run_block
-
     def learns(self, p: Pass) -> bool:
         """Whether the gradient reaches a pass: it ends some repetitions of the *r group before the last."""
         return self.config.bptt == 0 or p.repetitions_left is None or p.repetitions_left < self.config.bptt
@@ -1153,7 +1169,7 @@ class LoopedGPT(DeclaringModule):
             return torch.cat((cache.tokens, tokens), 1)
         return torch.cat((tokens.new_full((len(tokens), 2), self.config.bos_id), tokens), 1)
 
-    def enter(self, tokens: Tensor, cache: Cache | None) -> Stream:
+    def enter(self, tokens: Tensor, cache: Cache | None, parts: Parts) -> Stream:
         T = tokens.shape[1]
         past = cache.length if cache else 0
         seen = self.seen_tokens(tokens, cache)
@@ -1162,9 +1178,9 @@ class LoopedGPT(DeclaringModule):
             docs = (seen[:, -past - T :] == self.config.bos_id).cumsum(1, dtype=torch.int32)
         cos, sin = build_rotation(past + T, self.config.rope_dims, self.config.rope_base, self.embed.weight)
         window = cache.window if cache else self.config.seq_len
-        return Stream(self.embed_tokens(seen[:, -T - 2 :]), cos, sin, window, docs)
+        return Stream(self.embed_tokens(seen[:, -T - 2 :], parts), cos, sin, window, docs)
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor, parts: Parts = PLAIN_PARTS) -> Tensor:
         """(B, 2 + T) tokens to (B, T, D): two are only looked back on. Nothing passes a BOS from left to right."""
         config = self.config
         is_start = tokens[:, 1:] == config.bos_id
@@ -1174,7 +1190,7 @@ class LoopedGPT(DeclaringModule):
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
             x = self.norms(x, "embed")
-        return x[:, 1:] if self.smear_gate is None else self.run_smear(x, self.smear_gate, is_start[:, 1:])
+        return x[:, 1:] if self.smear_gate is None else parts.smear(x, self.smear_gate, is_start[:, 1:])
 
     def linears(self) -> dict[str, dict[str, Linear]]:
         return {name: self.block(name).linears() for name in self.plan.names}
@@ -1659,9 +1675,8 @@ def is_limit_binding(config: Config, k_scale: float) -> bool:
 
 
 def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: dict[str, Any]) -> bytes:
-    """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
-    and 100% of it, or the largest found below. Sizes are searched by entropy; what coder and feedback add is learned from
-    each attempt."""
+    """The file at the coarseness that was trained, unless the byte limit decides: then one between 99.5% and 100% of it,
+    or the largest below. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
     largest = b""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
     overhead = 0  # bytes of the latest attempt over its forecast
@@ -1681,16 +1696,22 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
             return content
         overhead += len(content) - forecast(trained.k_scale)
     for _ in range(FIT_ATTEMPTS):
-        k_scale = solve_k_scale(forecast, int(0.998 * room), config)
+        try:
+            k_scale = solve_k_scale(forecast, int(0.998 * room), config)
+        except DoesNotFit:
+            if largest:
+                break  # what the latest attempt was over its forecast was a jump
+            raise
         content = encode(k_scale, trained.hessians if k_scale != trained.k_scale else {})
         if len(content) <= room:
             largest = max(largest, content, key=len)
             if len(content) >= 0.995 * room or k_scale == FINEST:
                 return content
         overhead += len(content) - forecast(k_scale)
-    if largest:
-        return largest
-    raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
+    if not largest:
+        why = f"each of {FIT_ATTEMPTS} files was larger; take a smaller --model_dim"
+        raise DoesNotFit(f"byte_limit={config.byte_limit:,}: {why}")
+    return largest
 
 
 def encode_artifact(
@@ -2259,7 +2280,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough
     except (Stop, OSError) as error:
-        if environ.get("LOCAL_RANK", "0") == "0":
+        if environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, TokenError):  # which one rank alone may read
             print_error(error)
         return getattr(error, "exit_code", 1)
     except torch.OutOfMemoryError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgolf.errors import DataError
+from loopgolf.errors import DataError, TokenError
 from loopgolf.runtime import write_atomic
 
 SHARD_MAGIC = 20240520
@@ -63,25 +63,27 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
     if vocab_size is not None:
         for start in range(0, len(tokens), CHECK_TOKENS):
-            highest = int(tokens[start : start + CHECK_TOKENS].max())
-            if highest >= vocab_size:
-                raise DataError(
-                    f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
-                    "use the tokenizer that the shard was made with"
-                )
+            check_range(tokens[start : start + CHECK_TOKENS], vocab_size, path)
     return tokens
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Every token id must be below `vocab_size`."""
+    highest = int(tokens.max())
+    if highest >= vocab_size:
+        why = f"token {highest} is outside the vocabulary of {vocab_size}"
+        raise TokenError(f"{path}: {why}; set --vocab_size, or use the tokenizer that the shard was made with")
 
 
 class TokenStream:
     """The shards of one split as one long row of tokens that repeats after its end."""
 
     def __init__(self, folder: str, split: str, vocab_size: int):
-        self.folder = folder
         self.vocab_size = vocab_size
         self.paths = find_shards(folder, split)
         self.shards = [read_shard(path) for path in self.paths]
-        for shard in self.shards:
-            self.check(shard[: 1 << 20])  # at once what is easily seen, the rest when it is read
+        for path, shard in zip(self.paths, self.shards):
+            check_range(shard[: 1 << 20], vocab_size, path)  # the start of every shard now, the rest as it is read
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.total = int(self.starts[-1])
 
@@ -90,17 +92,11 @@ class TokenStream:
         while count:
             start %= self.total
             index = np.searchsorted(self.starts, start, side="right") - 1
-            pieces.append(self.shards[index][start - self.starts[index] :][:count])
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        tokens = np.concatenate(pieces)
-        self.check(tokens)
-        return tokens
-
-    def check(self, tokens: np.ndarray) -> None:
-        highest = int(tokens.max(initial=0))
-        if highest >= self.vocab_size:
-            why = f"token {highest} is outside the vocabulary of {self.vocab_size}; set --vocab_size"
-            raise DataError(f"{self.folder}: {why}")
+            piece = self.shards[index][start - self.starts[index] :][:count]
+            check_range(piece, self.vocab_size, self.paths[index])
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces)
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(windows, length): the tokens from each start on."""

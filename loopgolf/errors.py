@@ -18,6 +18,10 @@ class DataError(Stop):
     """Data that cannot be used: the file, what is wrong with it and how to fix it."""
 
 
+class TokenError(DataError):
+    """A token that is not in the vocabulary."""
+
+
 class DoesNotFit(Stop):
     """The model cannot be stored within the byte limit."""
 

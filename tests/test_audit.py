@@ -101,8 +101,8 @@ class Peeking(LoopedGPT):
 class Smearing(LoopedGPT):
     """Mixes each embedding with the one before, also where a document starts."""
 
-    def embed_tokens(self, tokens):
-        return super().embed_tokens(tokens) + 0.1 * self.embed(tokens[:, 1:-1])
+    def embed_tokens(self, tokens, *parts):
+        return super().embed_tokens(tokens, *parts) + 0.1 * self.embed(tokens[:, 1:-1])
 
 
 class Boundless(LoopedGPT):

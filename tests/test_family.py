@@ -485,6 +485,16 @@ def test_no_depth_is_compiled_after_the_warm_up(changes, graphs):
     assert graphs() == warm > 0
 
 
+def test_nothing_is_compiled_for_what_looks_at_every_pass(graphs):
+    """The telemetry of a run does, on the clock."""
+    config = tiny_config(plan="a(b)*2c", skip_gates=True)
+    plain, model = tiny_model(config), train_gpt.LoopedGPT(config, compile_mode="block")
+    model.load_state_dict(plain.state_dict())
+    tokens = draw_tokens(config, 20)[None]
+    torch.testing.assert_close(model.hidden(tokens, on_pass=lambda _, x: x), plain.hidden(tokens))
+    assert graphs() == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(plan="ab(^cd~~)*re", norm_weights=True, block_norm="sandwich", windows="LS", bptt=1, tied=False),

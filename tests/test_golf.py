@@ -99,7 +99,7 @@ def test_a_block_is_what_its_formula_says():
     config = tiny_config(plan="a", skips="none", mlp_slope=0.25, head_gate=4, xsa_passes="none", ve_passes="none")
     block, x = tiny_model(config).blocks["a"], torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
     stream = Stream(x, *build_rotation(6, config.rope_dims, config.rope_base, x), 32, None)
-    row = PassRow(None, None, None, None, None, False, is_parallel=True, depth_scale=torch.tensor(0.5))
+    row = PassRow(is_parallel=True, depth_scale=torch.tensor(0.5))
     found, _, _ = block(x, row, stream)
     read = 0.5 * F.rms_norm(x, (32,), eps=1e-6)
     attention = block.attention

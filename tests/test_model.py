@@ -280,7 +280,7 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
     attention.out.weight.copy_(torch.eye(32))
 
     def along_own(is_xsa: bool) -> float:
-        row = PassRow(None, None, None, None, value, is_xsa, keeps=True)
+        row = PassRow(value=value, value_scale=torch.tensor(1.0), is_xsa=is_xsa, keeps=True)
         y, kept = attention(x, row, stream)
         own = torch.nn.functional.normalize(kept[1], dim=-1).repeat_interleave(2, dim=2)
         return (y.view(2, 11, 4, 8) * own).sum(-1).abs().max().item()

@@ -150,7 +150,8 @@ def test_a_hopeless_limit_is_refused():
     assert plan_formats(config, LoopedGPT(config))
 
 
-def test_where_sizes_jump_over_the_limit_the_largest_file_that_fits_is_taken(monkeypatch):
+@pytest.mark.parametrize("jump", [0.05, 0.1, 0.3])
+def test_where_sizes_jump_over_the_limit_the_largest_file_that_fits_is_taken(monkeypatch, jump):
     limit = size_at(1.0, model_dim=64)
     config = tiny_config(byte_limit=limit, model_dim=64)
     model = tiny_model(config)
@@ -158,12 +159,12 @@ def test_where_sizes_jump_over_the_limit_the_largest_file_that_fits_is_taken(mon
 
     def encode_with_jump(*args):
         content = encode(*args)
-        return content + bytes(room // 10) if len(content) > 0.98 * room else content
+        return content + bytes(int(jump * room)) if len(content) > 0.98 * room else content
 
     monkeypatch.setattr(train_gpt, "encode_artifact", encode_with_jump)
     trained = train_gpt.Trained(model.state_dict(), {}, train_gpt.plan_k_scale(config, model), train_gpt.Position())
     content = train_gpt.fit_artifact(config, model, trained, dict(sha256="", vocab=384))
-    assert 0.8 * room < len(content) <= 0.98 * room
+    assert 0.6 * room < len(content) <= 0.98 * room
 
 
 @pytest.mark.slow

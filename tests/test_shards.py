@@ -146,5 +146,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path
     write_shard(tmp_path / "a_train_0.bin", tokens)
     stream = TokenStream(str(tmp_path), "train", vocab_size=1024)
     assert stream.read(0, 1000).max() == 7
-    with pytest.raises(DataError, match="token 1024 is outside the vocabulary of 1024; set --vocab_size"):
+    with pytest.raises(
+        DataError, match=r"a_train_0\.bin: token 1024 is outside the vocabulary of 1024; set --vocab_size"
+    ):
         stream.read_windows(np.array([0, 1 << 20]), 300)
