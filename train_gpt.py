@@ -801,7 +801,7 @@ class PassTable(DeclaringModule):
 
 
 def list_rows(table: Tensor | None, n: int) -> Sequence[Tensor | None]:
-    """All rows at once: their gradients are put together once, and not added up row by row."""
+    """All rows at once: their gradients are stacked once, not added up row by row."""
     return [None] * n if table is None else table.unbind()
 
 
@@ -1675,8 +1675,8 @@ def is_limit_binding(config: Config, k_scale: float) -> bool:
 
 
 def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: dict[str, Any]) -> bytes:
-    """The file at the coarseness that was trained, unless the byte limit decides: then one between 99.5% and 100% of it,
-    or the largest below. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
+    """The file at the coarseness that was trained, unless the byte limit decides: then one of 99.5% to 100% of it, or
+    the largest below. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
     largest = b""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
     overhead = 0  # bytes of the latest attempt over its forecast

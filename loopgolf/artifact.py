@@ -37,8 +37,8 @@ MAX_RAW_BYTES = 1 << 30
 STREAMS = (torch.int8, torch.float16)  # what lies in each stream, in the order of the file
 MATRIX_CODECS = {
     "rans_rows": decode_rows,
-    "rans": decode_matrices,
-}  # of integer codes; files until 2026-11-30 have rans
+    "rans": decode_matrices,  # of files from before equal rows were stored once
+}
 
 
 class Described(NamedTuple):
@@ -212,8 +212,10 @@ def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> 
             decode = MATRIX_CODECS[stream.codec]
             matrices = [(rows, columns) for rows, columns in shapes]
             return b"".join(codes.numpy().tobytes() for codes in decode(packed, matrices))
-        is_sized = stream.codec in ("zstd", "zstd_split") and zstandard.frame_content_size(packed) == stream.raw_bytes
-        require(is_sized, "a stream has an unknown codec or not the size that it promises")
+        is_known = stream.codec in ("zstd", "zstd_split")
+        require(is_known, f"a stream has the codec {stream.codec!r}, unknown to this version")
+        is_sized = zstandard.frame_content_size(packed) == stream.raw_bytes
+        require(is_sized, "a stream has not the size that it promises")
         if not stream.raw_bytes:
             return b""
         content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=stream.raw_bytes)

@@ -9,11 +9,12 @@ weights), and every class has its own frequency table. All matrices, class after
 row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
 A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
+    rows := u32 crc of the labels | u32 label bytes | labels | data
+    labels := LZMA of u16 per row: 0 for a row unlike all others of its matrix, else the label of its equal rows
     data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
     side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
 
-Rows of tokens that never occur in training become the same row. Before `data` then stand, with their size in front,
-the labels of all rows, LZMA of u16: 0 for a row unlike all others, else the number of the rows that it is equal to.
+Rows of tokens that never occur in training become equal, and are stored once.
 """
 
 import lzma
@@ -35,43 +36,41 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb
 
 def encode_rows(matrices: list[Tensor]) -> bytes:
     labels = [label_rows(codes) for codes in matrices]
-    kept = [codes[find_sources(label)[0]] for codes, label in zip(matrices, labels)]
+    kept = [codes[find_kept(label)[0]] for codes, label in zip(matrices, labels)]
     packed = compress_side(b"".join(label.numpy().astype("<u2").tobytes() for label in labels))
-    return struct.pack("<I", len(packed)) + packed + encode_matrices(kept)
+    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(kept)
 
 
 def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    if len(data) < 4:
-        raise ValueError("labels are cut short")
-    end = 4 + struct.unpack("<I", data[:4])[0]
+    checksum, size = struct.unpack("<II", data[:8]) if len(data) >= 8 else (0, 0)
+    packed = data[8 : 8 + size]
+    if not packed or zlib.crc32(packed) != checksum:
+        raise ValueError("labels are truncated or changed")
     n_rows = [rows for rows, _ in shapes]
-    content = decompress_side(data[4:end], 2 * sum(n_rows), "labels")
+    content = decompress_side(packed, 2 * sum(n_rows), "labels")
     if len(content) != 2 * sum(n_rows):
-        raise ValueError("labels are cut short")
-    labels = torch.from_numpy(np.frombuffer(content, "<u2").astype(np.int64)).split(n_rows)
-    sources = [find_sources(label) for label in labels]
-    kept = decode_matrices(data[end:], [(len(rows), columns) for (rows, _), (_, columns) in zip(sources, shapes)])
-    return [codes[source] for codes, (_, source) in zip(kept, sources)]
+        raise ValueError("labels are of another number of rows")
+    labels = torch.from_numpy(np.frombuffer(content, "<u2").astype(np.int32)).split(n_rows)
+    found = [find_kept(label) for label in labels]
+    kept = decode_matrices(data[8 + size :], [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)])
+    return [codes[places] for codes, (_, places) in zip(kept, found)]
 
 
 def label_rows(codes: Tensor) -> Tensor:
-    """0 for a row unlike all others, else the number of the rows that it is equal to."""
+    """0 for a row unlike all others, else the label of its group of equal rows."""
     contents = [row.tobytes() for row in codes.numpy()]
     counts = Counter(contents)
     repeated = [content for content, count in counts.items() if count > 1][:MOST_LABELS]
-    numbers = {content: number for number, content in enumerate(repeated, 1)}
-    return torch.tensor([numbers.get(content, 0) for content in contents])
+    names = {content: label for label, content in enumerate(repeated, 1)}
+    return torch.tensor([names.get(content, 0) for content in contents])
 
 
-def find_sources(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that are kept, the first of each label and all with 0; and which of these each row is equal to."""
+def find_kept(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that are kept, the first of each group and those unlike all others; and for each row its place there."""
     rows = torch.arange(len(labels))
-    names, groups = torch.where(labels == 0, -1 - rows, labels).unique(return_inverse=True)
-    first = torch.full((len(names),), len(labels)).scatter_reduce(0, groups, rows, "amin")
-    kept, order = first.sort()
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    return kept, places[groups]
+    first = torch.full((MOST_LABELS + 1,), len(labels)).scatter_reduce(0, labels.long(), rows, "amin")
+    kept, places = torch.where(labels == 0, rows, first[labels]).unique(return_inverse=True)
+    return kept, places
 
 
 def encode_matrices(matrices: list[Tensor]) -> bytes:

@@ -5,20 +5,20 @@ role at which it buys the same.
     python -m tools.allocate runs/ID --limits 140000,160000,180000 --batches 16 --out allocation.png
     python -m tools.allocate runs/ID --json
 
-The step of a grid is k standard deviations of a row over the largest code. Bytes fall with the logarithm of k, and the
-loss that rounding costs grows with its square (the law). So the cost of a tensor or role is measured at coarser steps,
-against no rounding at all, everything else rounded as it is, and brought back to the step at hand by these squares. Its
-slope is what it loses for each kB that it saves, in thousandths of a bit per byte (mb); at the best allocation all
-slopes are the same. The k's move until slopes agree within two standard errors, four times at most, and all is measured
-anew after each move. A role whose weights lie beyond the largest code (clipped) needs more bits, not another k.
+The step of a grid is k standard deviations of a row over the largest code. Bytes fall with the logarithm of k, and what
+rounding costs grows with its square. So the cost of a tensor or role is measured at coarser steps, against no rounding
+at all, with everything else rounded as usual, and scaled back to the present step by that square. Its slope is what it
+loses for each kB that it saves, in thousandths of a bit per byte (mb); at the best allocation all slopes are the same.
+The k's move three times to where they would be, and everything is measured again after each move.
 
-At every limit real files of three allocations are written, read back and measured: one step for all roles, the k's of
-the run, and those found. Differences are paired by batch and given three times: as measured; at equal bytes, by the
-common slope; and as the law has them. The last line has the options for a run.
+At every limit files of three allocations are made by the exporter, read back and measured: one step for all roles, the
+k's of the run, and those found. Differences are paired by batch; their standard errors are over the text, and do not
+contain that one rounding of the same weights is luckier than another, by up to a mb.
 
-The text is what the run would have read next of its training text, never validation text. What is measured is rounding
-after training, as the exporter does it. Training with other k's adapts to them, and a file on the very grid of its
-training is better than its neighbours, which favours the k's of the run at its own limit: only a run decides.
+The text is the training text that the run would have read next, never validation text, and the score is the plain loss.
+Rounding here comes after training. Training adapts to its own grids, and a file on the very grid of its training is
+better than its neighbours, which favours the k's of the run at its own limit: only runs with the options of the last
+line decide.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from tqdm import tqdm
 import train_gpt
 from data.folder import positive
 from loopgolf.artifact import unpack_artifact
-from loopgolf.errors import DoesNotFit
 from loopgolf.options import Parser
 from loopgolf.params import collect_specs
 from loopgolf.quantize import Format, RowGrid
@@ -50,9 +49,8 @@ from tools.lib.runlog import RunError
 from tools.plot import COLORS, check_picture, import_pyplot, save_picture
 
 COARSER = (1.4, 1.7, 2.0)  # times the step at hand: there the cost of rounding is measured
-ROUNDS = 4
-ATTEMPTS = 6  # at the size of a file
-MOST_MOVE = 2.0  # of a k in one round, either way
+ROUNDS = 3
+MOST_MOVE = 2.0  # of a k in one round, either way, before all are scaled to the same bytes
 Ks = dict[str, float]  # by role
 
 
@@ -66,10 +64,9 @@ class Cost:
     step: float  # in standard deviations of a row
     weights: int
     bytes: float
-    clipped: float  # share of the weights that lie beyond the largest code
     saved: float  # bytes, for each factor e by which k grows
     mb: float
-    noise: float  # standard error of mb
+    noise: float  # standard error of mb over the batches
 
     @property
     def slope(self) -> float:
@@ -90,9 +87,8 @@ class File:
     bytes: int
     bpb: float
     mb: float  # against the uniform allocation
-    noise: float  # standard error of mb
+    noise: float  # standard error of mb over the batches
     mb_at_equal_bytes: float
-    mb_by_law: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,6 @@ class Found:
     """What came out at one limit."""
 
     limit: int
-    rounds: int
     before: list[Cost]  # of the roles, at the k's of the run
     after: list[Cost]  # and at those found
     files: list[File]  # the last one has those
@@ -128,7 +123,8 @@ class Study:
         self.model = self.run.model.eval()
         self.config = replace(self.run.config, k_scale=0.0)
         self.roles: dict[str, list[str]] = {}  # the tensors of each
-        for name, spec in collect_specs(self.model).items():
+        self.specs = collect_specs(self.model)
+        for name, spec in self.specs.items():
             if spec.grid:
                 self.roles.setdefault(spec.grid, []).append(name)
         self.n_windows = n_batches * self.config.score_batch
@@ -187,6 +183,7 @@ class Study:
         return costs
 
     def describe(self, name: str, members: list[str], formats: Mapping[str, Format], k: Ks, mb: Tensor) -> Cost:
+        role = self.specs[members[0]].role
         grid = formats[members[0]]
         assert isinstance(grid, RowGrid)
         weights = [self.run.weights[member] for member in members]
@@ -195,51 +192,28 @@ class Study:
             form = replace(grid, k=grid.k * factor)
             return sum(form.expected_bytes(tuple(weight.shape), weight) for weight in weights)
 
-        role = next(role for role, names in self.roles.items() if members[0] in names)
-        n_weights = sum(weight.numel() for weight in weights)
         return Cost(
             name=name,
             role=role,
             k=k[role],
             step=grid.k / grid.largest,
-            weights=n_weights,
+            weights=sum(weight.numel() for weight in weights),
             bytes=size_at(1.0),
-            clipped=sum(count_clipped(weight, grid) for weight in weights) / n_weights,
             saved=(size_at(1 / 1.2) - size_at(1.2)) / (2 * math.log(1.2)),
             mb=float(mb.mean()),
             noise=standard_error(mb),
         )
 
     def write(self, limit: int, k: Ks) -> bytes:
-        """The largest file found within the limit. Sizes jump a little from one k_scale to the next, and the search of
-        the exporter, which ends with 99.5% of the limit or an error, is not for k's that it was never trained with."""
+        """The file that the exporter makes."""
         config = self.config_at(limit, k)
-        largest = b""
-        solved = self.solve(limit, k)
-        low, high = 0.9 * solved, 1.1 * solved  # the coder and GPTQ make files smaller or larger than by entropy
-        for _ in range(ATTEMPTS):
-            k_scale = math.sqrt(low * high)
-            formats = train_gpt.build_formats(config, self.model, k_scale)
-            content = train_gpt.encode_artifact(
-                config, self.model, self.run.weights, formats, self.run.hessians, self.run.tokenizer.identity
-            )
-            if len(content) <= limit - config.code_reserve:
-                high = k_scale
-                largest = max(largest, content, key=len)
-            else:
-                low = k_scale
-        if not largest:
-            raise DoesNotFit(f"--limits {limit}: no file fits with {format_options(k)}; give a larger limit")
-        return largest
+        k_scale = train_gpt.plan_k_scale(config, self.model)
+        trained = train_gpt.Trained(self.run.weights, self.run.hessians, k_scale, train_gpt.Position())
+        return train_gpt.fit_artifact(config, self.model, trained, self.run.tokenizer.identity)
 
 
 def format_options(k: Ks) -> str:
     return " ".join(f"--{role}_k {value:g}" for role, value in k.items())
-
-
-def count_clipped(weight: Tensor, grid: RowGrid) -> int:
-    spread = weight.square().mean(1, keepdim=True).sqrt()
-    return int((weight.abs() > spread * grid.k * (1 + 0.5 / grid.largest)).sum())
 
 
 def standard_error(values: Tensor) -> float:
@@ -249,11 +223,6 @@ def standard_error(values: Tensor) -> float:
 def common_slope(costs: Sequence[Cost]) -> float:
     """Of all k's that grow together."""
     return 2 * sum(cost.mb for cost in costs) / sum(cost.saved for cost in costs) * 1000
-
-
-def agree(costs: Sequence[Cost]) -> bool:
-    common = common_slope(costs)
-    return all(abs(cost.slope - common) <= 2 * cost.slope_noise for cost in costs)
 
 
 def equalise(costs: Sequence[Cost]) -> Ks:
@@ -279,36 +248,27 @@ def uniform(study: Study, costs: Sequence[Cost]) -> Ks:
     return keep_bytes({role: float(value) for role, value in largest.items()}, costs)
 
 
-def predict(costs: Sequence[Cost], k: Ks) -> float:
-    """What rounding costs at other k's, by the law, in a file of the same size."""
-    scaled = keep_bytes(k, costs)
-    return sum(cost.mb * (scaled[cost.role] / cost.k) ** 2 for cost in costs)
-
-
 def allocate(study: Study, limit: int, own: Ks) -> Found:
     with tqdm(desc=f"{limit:,} bytes", total=(1 + ROUNDS) * len(study.roles), leave=False, disable=None) as bar:
         k = own
         before = costs = study.measure(study.roles, limit, k, bar)
-        rounds = 0
-        while rounds < ROUNDS and not agree(costs):
+        for _ in range(ROUNDS):
             k = equalise(costs)
             costs = study.measure(study.roles, limit, k, bar)
-            rounds += 1
     allocations = {"uniform": uniform(study, costs), "of the run": own, "equalised": k}
-    return Found(limit, rounds, before, costs, compare(study, limit, allocations, costs))
+    return Found(limit, before, costs, compare(study, limit, allocations, costs))
 
 
 def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequence[Cost]) -> list[File]:
     """The real files, against the first one."""
     files: list[File] = []
-    first_bytes, first_losses, first_predicted = 0, torch.zeros(0), 0.0
+    first_bytes, first_losses = 0, torch.zeros(0)
     for name, k in allocations.items():
         content = study.write(limit, k)
         n_bytes = len(content)
         losses = study.losses(unpack_artifact(content, train_gpt.describe_stored).tensors)
-        predicted = predict(costs, k)
         if not files:
-            first_bytes, first_losses, first_predicted = n_bytes, losses, predicted
+            first_bytes, first_losses = n_bytes, losses
         change = losses - first_losses
         file = File(
             allocation=name,
@@ -318,7 +278,6 @@ def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequ
             mb=float(change.mean()),
             noise=standard_error(change),
             mb_at_equal_bytes=float(change.mean()) + common_slope(costs) * (n_bytes - first_bytes) / 1000,
-            mb_by_law=predicted - first_predicted,
         )
         files.append(file)
     return files
@@ -346,13 +305,13 @@ def study_run(folder: Path, limits: list[int], n_batches: int) -> Report:
 
 
 def format_costs(costs: Sequence[Cost]) -> list[str]:
-    heads = f"{'k':>9}{'step':>8}{'bits':>7}{'clipped':>9}{'bytes':>12}{'mb':>9}{'±':>7}{'mb/kB':>9}{'±':>7}"
+    heads = f"{'k':>9}{'step':>8}{'bits':>7}{'bytes':>12}{'mb':>9}{'±':>7}{'mb/kB':>9}{'±':>7}"
     width = 2 + max(len(cost.name) for cost in costs)
     lines = [f"{'':<{width}}{'role':<7}{heads}"]
     for cost in costs:
         lines.append(
             f"{cost.name:<{width}}{cost.role:<7}{cost.k:>9.4g}{cost.step:>8.3f}{8 * cost.bytes / cost.weights:>7.2f}"
-            f"{cost.clipped:>9.2%}{cost.bytes:>12,.0f}{cost.mb:>9.3f}{cost.noise:>7.3f}{cost.slope:>9.3f}"
+            f"{cost.bytes:>12,.0f}{cost.mb:>9.3f}{cost.noise:>7.3f}{cost.slope:>9.3f}"
             f"{cost.slope_noise:>7.3f}"
         )
     return lines
@@ -361,12 +320,12 @@ def format_costs(costs: Sequence[Cost]) -> list[str]:
 def format_files(found: Found) -> list[str]:
     roles = list(found.files[0].k)
     heads = "".join(f"{role + '_k':>9}" for role in roles)
-    lines = [f"{'':<12}{heads}{'bytes':>12}{'bpb':>10}{'mb':>9}{'±':>7}{'equal bytes':>13}{'by the law':>12}"]
+    lines = [f"{'':<12}{heads}{'bytes':>12}{'bpb':>10}{'mb':>9}{'±':>7}{'equal bytes':>13}"]
     for file in found.files:
         k = "".join(f"{file.k[role]:>9.4g}" for role in roles)
         lines.append(
             f"{file.allocation:<12}{k}{file.bytes:>12,}{file.bpb:>10.5f}{file.mb:>9.3f}{file.noise:>7.3f}"
-            f"{file.mb_at_equal_bytes:>13.3f}{file.mb_by_law:>12.3f}"
+            f"{file.mb_at_equal_bytes:>13.3f}"
         )
     return lines
 
@@ -382,7 +341,7 @@ def format_report(report: Report) -> str:
             "",
             f"# roles at {found.limit:,} bytes with the k's of the run",
             *format_costs(found.before),
-            f"# with slopes equalised, after {found.rounds} rounds",
+            "# with slopes equalised",
             *format_costs(found.after),
             f"# files at {found.limit:,} bytes",
             *format_files(found),

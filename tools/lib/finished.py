@@ -35,8 +35,8 @@ def load_finished(folder: Path) -> FinishedRun:
         content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         saved, consumed = content["state"], int(content["position"]["tokens"])
         averaged = saved["average"]["mean"] or saved["weights"]
-        model_names = [name for name, _ in train_gpt.build_meta_model(config).named_parameters()]
-        averaged = {name: averaged[name] for name in model_names}
+        shapes = {name: p.shape for name, p in train_gpt.build_meta_model(config).named_parameters()}
+        averaged = {name: averaged[name].reshape(shape) for name, shape in shapes.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise RunError(f"{folder}: not a finished run ({error.__class__.__name__}: {error})") from None
     ctx = replace(train_gpt.build_context(replace(config, compile="none"), {}), log=Log(quiet=True))
