@@ -39,7 +39,7 @@ def find_steps(weight: Tensor, largest: int, k: float, step_bits: int) -> Tensor
 
 
 def round_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:
-    """Whole numbers, as floats."""
+    """Codes, still as floats: to int8 and back would be two passes more."""
     codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
     return codes.round_().clamp_(-largest, largest)
 
