@@ -2,7 +2,7 @@
 
 The model computes with its own parameters: on the grid they are stored on, in the compute dtype. What learns are
 float32 master weights. A shared weight is quantized once per step, when it is written to the model, and gradients pass
-straight through.
+straight through. Early in a run the model may have them unrounded.
 
     state = TrainState(MasterWeights(parameters, formats), optimizers, average)
     loss.backward(); state.accumulate()        for every micro batch
@@ -61,8 +61,11 @@ class MasterWeights:
         return grad
 
     @torch.no_grad()
-    def write_quantized(self) -> None:
-        """Writes the weights to the model, rounded as they will be stored."""
+    def write(self, is_rounded: bool) -> None:
+        """Writes the weights to the model, rounded as they will be stored or as they are."""
+        if not is_rounded:
+            torch._foreach_copy_(list(self.parameters.values()), list(self.weights.values()))
+            return
         for (form, _, dtype), names in self.alike.items():
             rows = torch.cat([self.weights[name] for name in names])
             rounded = torch.empty_like(rows, dtype=dtype)
@@ -110,11 +113,13 @@ class TrainState:
         master: MasterWeights,
         optimizers: dict[str, torch.optim.Optimizer],
         average: WeightAverage | None = None,
+        is_rounded: bool = True,
     ):
         self.master = master
         self.optimizers = optimizers
         self.average = average or WeightAverage()
-        master.write_quantized()
+        self.is_rounded = is_rounded  # what the model computes with
+        master.write(is_rounded)
 
     def accumulate(self) -> None:
         self.master.accumulate()
@@ -128,8 +133,8 @@ class TrainState:
         grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
         return norm
 
-    def step(self, lr_scale: float, momentum: float) -> None:
-        """One update of all weights; the gradient is zero again."""
+    def step(self, lr_scale: float, momentum: float, is_rounded: bool = True) -> None:
+        """One update of all weights, which the model then has rounded or not; the gradient is zero again."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_scale
@@ -137,7 +142,8 @@ class TrainState:
                     group["momentum"] = momentum
             optimizer.step()
         self.master.flat_grad.zero_()
-        self.master.write_quantized()
+        self.is_rounded = is_rounded
+        self.master.write(is_rounded)
 
     def update_average(self, step: int, progress: float) -> None:
         self.average.update(self.master.weights, step, progress)
@@ -148,7 +154,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         average = dict(mean=self.average.mean, count=self.average.count)
-        return dict(weights=self.master.detached(), optimizers=optimizers, average=average)
+        return dict(weights=self.master.detached(), optimizers=optimizers, average=average, is_rounded=self.is_rounded)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,7 +165,8 @@ class TrainState:
         self.average.mean = state["average"]["mean"]
         self.average.count = state["average"]["count"]
         self.master.flat_grad.zero_()
-        self.master.write_quantized()
+        self.is_rounded = state["is_rounded"]
+        self.master.write(self.is_rounded)
 
 
 def save_checkpoint(path: Path, state: TrainState, position: dict[str, Any]) -> None:

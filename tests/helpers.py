@@ -27,7 +27,7 @@ TINY = dict(
     average_every=1, byte_limit=0, code_reserve=1000, score_mode="plain", also="none", compile="none", device="cpu",
     dtype="float32", checkpoint_every_s=0.0, log_every=1,
     calibration_tokens=0, lora_rank=2, lora_chunk=16, canonical=False, recall_share=0.0, parallel_passes="none",
-    look_back=0, step_bits=10, newton_schulz="jordan", row_norm=False, skip_gates=False, contexts="",
+    look_back=0, step_bits=10, qat_start=0.0, newton_schulz="jordan", row_norm=False, skip_gates=False, contexts="",
 )  # fmt: skip
 
 # for artifacts that are loaded often: decoding takes a step in Python for every weight

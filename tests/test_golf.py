@@ -195,6 +195,33 @@ def test_muons_rules():
     torch.testing.assert_close(move, orthogonal(second + 0.9 * (0.9 * first + second)), **close)
 
 
+@torch.no_grad()
+def test_weights_are_rounded_from_a_fraction_of_the_budget_on():
+    config = tiny_config(qat_start=0.5)
+    model, ctx = tiny_model(config), tiny_context()
+    state = train_gpt.build_state(config, ctx, model, train_gpt.plan_k_scale(config, model))
+    name = "blocks.a.mlp.up.weight"
+    form, master = state.master.formats[name], state.master.weights[name]
+
+    def is_rounded() -> bool:
+        rounded = torch.empty_like(master)
+        form.write_rounded(master, rounded)
+        assert not torch.equal(rounded, master)
+        assert torch.equal(model.state_dict()[name], rounded) or torch.equal(model.state_dict()[name], master)
+        return torch.equal(model.state_dict()[name], rounded)
+
+    assert not is_rounded()
+    for progress, expected in ((0.25, False), (0.5, True), (1.0, True)):
+        settings = settings_at(config, progress, 0)
+        for weight in state.master.weights.values():
+            weight.grad.normal_(generator=torch.Generator().manual_seed(1))
+        state.step(settings.lr_scale, settings.momentum, settings.is_rounded)
+        assert is_rounded() == expected
+        before = model.state_dict()[name].clone()
+        state.load_state_dict(state.state_dict())
+        assert torch.equal(model.state_dict()[name], before)
+
+
 @pytest.mark.parametrize("kind", COEFFICIENTS)
 def test_all_coefficients_orthogonalize(kind):
     batch = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(1))
@@ -234,7 +261,7 @@ def test_bad_settings_are_told(changes, words):
 
 def test_contexts_grow_in_a_run_and_it_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
     grows = dict(contexts="8:0.4,16:0.7", iterations=24, plan="a(b)*2c", ttt_freeze="", **ALL)
-    grows |= dict(row_norm=True, newton_schulz="polar_express")
+    grows |= dict(row_norm=True, newton_schulz="polar_express", qat_start=0.6)  # it stops before weights are rounded
     whole = train(tmp_path, dataset, run_id="whole", **grows)
     assert len(events((whole / "log.txt").read_text(), "train")) == 24
     calls, load_batch = itertools.count(1), train_gpt.load_batch

@@ -226,7 +226,7 @@ def test_the_warm_up_leaves_no_trace(steps_before):
     batch, ctx = draw_batch(config), tiny_context()
     for _ in range(steps_before):
         train_step(model, state, batch, FULL, ctx)
-    state.master.write_quantized()
+    state.master.write(is_rounded=True)
     kept, random_state = copy.deepcopy((state.state_dict(), model.state_dict())), torch.get_rng_state()
     warm_up(model, state, config, ctx)
     assert torch.equal(torch.get_rng_state(), random_state) and not state.master.flat_grad.any()
