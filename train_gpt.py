@@ -358,7 +358,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
         data_path="data/fineweb_sp8192",
         # contexts that grow: parameter-golf #2014; loops from .35 on: #1420
-        # rounding by GPTQ after training only, as all record holders do: parameter-golf #1019
+        # rounded by GPTQ after training only, as in parameter-golf #1394 and after
         embed_bits=7, embed_k=15.0, step_bits=3, qat_start=1.0, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
