@@ -211,7 +211,7 @@ name = "sine"
 patch = "sin.patch"
 """)
     command = [sys.executable, "-m", "tools.ablate", str(tmp_path / "t.toml"), "--steps_only", "--out"]
-    command += [str(tmp_path / "effects.png"), "--json"]
+    command += [str(tmp_path / "effects.png"), "--json", "--jobs", "2"]
     done = subprocess.run(
         command, cwd=clone, env=clean_environment(), capture_output=True, text=True, timeout=300, check=False
     )
