@@ -18,6 +18,7 @@ import train_gpt
 from loopgolf.artifact import unpack_artifact
 from tools import allocate
 from tools.allocate import Cost, Study
+from tools.lib.finished import FinishedRun
 
 ROLES = ["core", "edge", "embed", "table"]
 LIMIT = 6500
@@ -132,7 +133,7 @@ def test_a_run_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     for file in found.files:
         assert 0.9 * LIMIT < file.bytes + study.config.code_reserve <= LIMIT
         assert file.mb == pytest.approx(1000 * (file.bpb - uniform.bpb), abs=1e-6)
-    content = study.write(LIMIT, equalised.k)
+    content = study.run.fit(study.config_at(LIMIT, equalised.k))
     losses = study.losses(unpack_artifact(content, train_gpt.describe_stored).tensors)
     assert (len(content), float(losses.mean()) / 1000) == (equalised.bytes, pytest.approx(equalised.bpb))
     monkeypatch.setattr(allocate, "study_run", lambda *_: report)
@@ -172,7 +173,7 @@ def test_files_are_compared_at_equal_bytes(folder, monkeypatch):
     costs = [cost_of("core", 8.0, 80_000, 0.03)]
     extra = 2000 / allocate.common_slope(costs)  # bytes that are worth 2 mb
     sizes, losses = iter((1000, 1000 + round(extra))), iter((50.0, 48.0))
-    monkeypatch.setattr(study, "write", lambda *_: bytes(next(sizes)))
+    monkeypatch.setattr(FinishedRun, "fit", lambda *_: bytes(next(sizes)))
     monkeypatch.setattr(allocate, "unpack_artifact", lambda *_: type("File", (), dict(tensors={})))
     monkeypatch.setattr(study, "losses", lambda _: torch.full((2,), next(losses)))
     first, second = allocate.compare(study, LIMIT, dict(first=k, second=k), costs)

@@ -7,16 +7,18 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from data import shards
 from data.shards import HEADER_BYTES, SHARD_MAGIC, TokenStream, find_shards, read_shard, write_shard
 from loopgolf import runtime
-from loopgolf.errors import DataError
+from loopgolf.errors import DataError, TokenError
 
 
 @pytest.fixture
@@ -150,3 +152,10 @@ def test_a_token_beyond_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path
         DataError, match=r"a_train_0\.bin: token 1024 is outside the vocabulary of 1024; set --vocab_size"
     ):
         stream.read_windows(np.array([0, 1 << 20]), 300)
+
+
+def test_what_one_rank_alone_may_read_is_told_by_that_rank(monkeypatch, capsys) -> None:
+    for error, printed in ((TokenError("token 9"), "error: token 9\n"), (DataError("no shard"), "")):
+        monkeypatch.setattr(train_gpt, "parse_config", Mock(side_effect=error))
+        assert train_gpt.main([], {"LOCAL_RANK": "1"}) == 2
+        assert capsys.readouterr().err == printed

@@ -204,13 +204,6 @@ class Study:
             noise=standard_error(mb),
         )
 
-    def write(self, limit: int, k: Ks) -> bytes:
-        """The file that the exporter makes."""
-        config = self.config_at(limit, k)
-        k_scale = train_gpt.plan_k_scale(config, self.model)
-        trained = train_gpt.Trained(self.run.weights, self.run.hessians, k_scale, train_gpt.Position())
-        return train_gpt.fit_artifact(config, self.model, trained, self.run.tokenizer.identity)
-
 
 def format_options(k: Ks) -> str:
     return " ".join(f"--{role}_k {value:g}" for role, value in k.items())
@@ -264,7 +257,7 @@ def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequ
     files: list[File] = []
     first_bytes, first_losses = 0, torch.zeros(0)
     for name, k in allocations.items():
-        content = study.write(limit, k)
+        content = study.run.fit(study.config_at(limit, k))
         n_bytes = len(content)
         losses = study.losses(unpack_artifact(content, train_gpt.describe_stored).tensors)
         if not files:

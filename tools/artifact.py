@@ -146,9 +146,7 @@ def fit(folder: Path, byte_limit: int, out: Path) -> None:
     """Exports a finished run again from its checkpoint, as train_gpt.py would have with this limit."""
     run = load_finished(folder)
     config = replace(run.config, byte_limit=byte_limit)
-    k_scale = train_gpt.plan_k_scale(config, run.model)
-    trained = train_gpt.Trained(run.weights, run.hessians, k_scale, train_gpt.Position())
-    content = train_gpt.fit_artifact(config, run.model, trained, run.tokenizer.identity)
+    content = run.fit(config)
     write_atomic(out, content)
     room = byte_limit - config.code_reserve
     share = f" of_limit:{(len(content) + config.code_reserve) / byte_limit:.4f}" if byte_limit else ""

@@ -28,6 +28,12 @@ class FinishedRun:
     hessians: dict[str, Tensor]
     consumed: int
 
+    def fit(self, config: train_gpt.Config) -> bytes:
+        """The file that the exporter makes with the byte limit and the k's of this config."""
+        k_scale = train_gpt.plan_k_scale(config, self.model)
+        trained = train_gpt.Trained(self.weights, self.hessians, k_scale, train_gpt.Position())
+        return train_gpt.fit_artifact(config, self.model, trained, self.tokenizer.identity)
+
 
 def load_finished(folder: Path) -> FinishedRun:
     try:
