@@ -48,10 +48,11 @@ from torch.utils.checkpoint import checkpoint
 
 from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
-from kernels.head import head_loss_torch, softcap_logits
+from kernels.head import head_loss_torch, softcap, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, Kept, KeysValues
+from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps
 from loopgolf.errors import (
     ArtifactError,
     ConfigError,
@@ -178,6 +179,7 @@ class Size:
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
     step_bits: int = option(10, "bits that the mantissa of a row's step keeps: fewer take fewer bytes", high=10)
+    row_steps: str = option("spread", "steps in the file: as above, or as the loss minds", choices=("spread", "loss"))
     qat_start: float = option(0.0, "fraction of the budget before which weights are not rounded", high=1)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
@@ -287,6 +289,8 @@ class Config(Run, Size, Training, Stored):
             self.require(name, getattr(self, name) <= self.seq_len, f"must be at most seq_len={self.seq_len}")
         self.require("bos_id", self.bos_id < self.vocab_size, f"must be below vocab_size={self.vocab_size}")
         self.require("windows", set(self.windows) <= set("LS"), "is made of the letters L and S")
+        is_free = self.row_steps == "spread" or self.qat_start == 1
+        self.require("row_steps", is_free, "training must not round to other steps: add --qat_start 1, or take --row_steps spread")
 
     def check_plan(self) -> None:
         plan = parse_plan(self.plan)
@@ -342,7 +346,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
         parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=16,
         doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
-        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, qat_start=1.0,
+        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, row_steps="loss",
+        qat_start=1.0,
         matrix_lr=0.03, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
@@ -359,7 +364,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         data_path="data/fineweb_sp8192",
         # contexts that grow: parameter-golf #2014; loops from .35 on: #1420
         # rounded by GPTQ after training only, as in parameter-golf #1394 and after
-        embed_bits=7, embed_k=15.0, step_bits=3, qat_start=1.0, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
+        embed_bits=7, embed_k=15.0, step_bits=3, row_steps="loss", qat_start=1.0, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
         average="ema", average_start=0.5, average_every=1, ema_decay=0.9965,
@@ -1095,6 +1100,10 @@ class LoopedGPT(DeclaringModule):
         return softcap_logits(states, self.head, self.config.softcap)
 
     @property
+    def head_name(self) -> str:
+        return "embed.weight" if self.unembed is None else "unembed.weight"
+
+    @property
     def head(self) -> Tensor:
         return (self.embed if self.unembed is None else self.unembed).weight
 
@@ -1402,7 +1411,7 @@ class Trained:
     """What training hands on: averaged weights, what steers their rounding, and what it took."""
 
     averaged: dict[str, Tensor]
-    hessians: dict[str, Tensor]
+    curvatures: dict[str, Curvature]
     k_scale: float
     position: Position
 
@@ -1506,16 +1515,16 @@ def train(
             stop_if_needed(at, loss, must_stop, folder)
     write_checkpoint(ctx, state, at, folder)  # whatever happens from here on, a resumed run finds the trained weights
     averaged = state.averaged_weights()
-    hessians: dict[str, Tensor] = {}
+    curvatures: dict[str, Curvature] = {}
     if calibrates and config.iterations:
-        hessians = calibrate(config, ctx, averaged, text)
+        curvatures = calibrate(config, ctx, averaged, text)
     elif calibrates:
-        # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
+        # a batch takes longer than a step, as it is not compiled: one that starts four steps before the end is in time
         deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
-        hessians = calibrate(config, ctx, averaged, text, lambda: clock.read() < deadline_s)
+        curvatures = calibrate(config, ctx, averaged, text, lambda: clock.read() < deadline_s)
     at.used_s = clock.stop()
     log_telemetry(model, at.step, text.stream, ctx)
-    return Trained(averaged, hessians, k_scale, at)
+    return Trained(averaged, curvatures, k_scale, at)
 
 
 def log_step(config: Config, ctx: RunContext, at: Position, loss: float, settings: Settings, progress: float) -> None:
@@ -1586,44 +1595,42 @@ def resume_position(config: Config, ctx: RunContext, state: TrainState, folder: 
     return at
 
 
+CALIBRATED_AT_ONCE = 16_384  # tokens: not compiled, they take more memory than in training
+
+
 def calibrate(
     config: Config,
     ctx: RunContext,
     weights: dict[str, Tensor],
     text: TrainingText,
     is_time_left: Callable[[], bool] | None = None,
-) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs of every matrix that is used as a layer, all passes together, on training text:
-    calibration_tokens of it, or, against a clock, as much as the time that is left allows."""
-    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+) -> dict[str, Curvature]:
+    """How much the loss minds errors in matrices and tables, on training text: calibration_tokens of it, or, against a
+    clock, as much as the time that is left allows."""
+    # the gradient reaches every pass, and no pass is computed twice; not compiled: hooks do not run in a graph
+    whole = replace(config, bptt=0, checkpoint_passes=False)
+    model = LoopedGPT(whole, ctx.dtype).to(ctx.device)
     model.load_state_dict(weights)
-    sums: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            columns = module.weight.shape[1]
-            sums[f"{name}.weight"] = torch.zeros(columns, columns, device=ctx.device)
-            module.register_forward_hook(functools.partial(add_inputs, sums[f"{name}.weight"]))
+    meter = CurvatureMeter(model)
 
     def wants_more(consumed: int) -> bool:
         return consumed < config.calibration_tokens if is_time_left is None else is_time_left()
 
     settings = settings_at(config, 1.0, 0)
+    rows = max(1, CALIBRATED_AT_ONCE // settings.seq_len)
     consumed = 0
     while wants_more(consumed):
-        inputs, _ = load_batch(text, consumed, settings, ctx)
-        for piece in inputs.split(config.micro_batch or len(inputs)):
-            with torch.no_grad():
-                model.hidden(piece)
+        inputs, targets = load_batch(text, consumed, settings, ctx)
+        for x, y in zip(inputs.split(rows), targets.split(rows)):
+            states = model.hidden(x)
+            logits = F.linear(states, model.head)
+            meter.watch_head(model.head_name, states, logits)
+            capped = softcap(logits.float(), config.softcap)
+            F.cross_entropy(capped.flatten(0, 1), y.flatten(), reduction="sum").backward()
         ctx.sync()
         consumed += settings.batch_tokens
     ctx.log("calibration", tokens=consumed)
-    # experts are multiplied in groups and not as layers: theirs stay zero, and they are rounded plainly
-    return {name: total for name, total in sums.items() if ctx.sum(total).any()}
-
-
-def add_inputs(total: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x = inputs[0].flatten(0, -2).float()
-    total.addmm_(x.T, x)
+    return meter.totals(ctx.sum)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1688,9 +1695,9 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
     def forecast(k_scale: float) -> int:
         return forecast_bytes(model, build_formats(config, model, k_scale), trained.averaged) + overhead
 
-    def encode(k_scale: float, hessians: dict[str, Tensor]) -> bytes:
+    def encode(k_scale: float, curvatures: dict[str, Curvature]) -> bytes:
         formats = build_formats(config, model, k_scale)
-        return encode_artifact(config, model, trained.averaged, formats, hessians, identity)
+        return encode_artifact(config, model, trained.averaged, formats, curvatures, identity)
 
     limit_chose_grid = is_limit_binding(config, trained.k_scale)
     if not limit_chose_grid and forecast(trained.k_scale) <= room:
@@ -1706,7 +1713,7 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
             if largest:
                 break  # what the latest attempt was over its forecast was a jump
             raise
-        content = encode(k_scale, trained.hessians if k_scale != trained.k_scale else {})
+        content = encode(k_scale, trained.curvatures if k_scale != trained.k_scale else {})
         if len(content) <= room:
             largest = max(largest, content, key=len)
             if len(content) >= 0.995 * room or k_scale == FINEST:
@@ -1723,13 +1730,16 @@ def encode_artifact(
     model: LoopedGPT,
     weights: dict[str, Tensor],
     formats: dict[str, Format],
-    hessians: dict[str, Tensor],
+    curvatures: dict[str, Curvature],
     identity: dict[str, Any],
 ) -> bytes:
     raw: dict[str, Tensor] = {}
     layout = build_layout(model, formats)
+    grids = {name: form for name, form in formats.items() if isinstance(form, RowGrid)}
+    steps = choose_steps(weights, grids, curvatures) if config.row_steps == "loss" else {}
     for name, described in layout.items():
-        tensors = described.format.quantize(weights[name], hessians.get(name))
+        hessian = curvatures[name].columns if name in curvatures else None
+        tensors = described.format.quantize(weights[name], hessian, steps.get(name))
         raw |= zip(described.stored(name), tensors)
     return pack_artifact(config.stored(), layout, raw, identity)
 

@@ -26,7 +26,10 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
 
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
-    logits = F.linear(x, weight).float()
+    return softcap(F.linear(x, weight).float(), cap)
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
     return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits  # cap * tanh(logits / cap), faster
 
 

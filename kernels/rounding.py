@@ -1,8 +1,9 @@
 """Rounding of a weight matrix to the grid that it is stored on, there and back.
 
-    codes, step = quantize_rows(weight, largest, k)     weight (rows, columns): int8 codes, one fp16 step per row
+    step = find_steps(weight, largest, k, step_bits)    weight (rows, columns): one fp16 step per row
+    codes = quantize_rows(weight, step, largest)        int8
     weight = dequantize_rows(codes, step)
-    round_to_grid(weight, out, largest, k)              both in one, written to `out`
+    round_to_grid(weight, out, largest, k, step_bits)   all in one, written to `out`
 
 The step of a row is k standard deviations over the largest code, without a floor. With fewer `step_bits` than fp16 has,
 the mantissa of a step is so long: rows are a little finer or coarser than others, and their steps take fewer bytes. All
@@ -23,9 +24,8 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
 STEP_BITS = 10  # the mantissa of fp16
 
 
-def quantize_rows(weight: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> tuple[Tensor, Tensor]:
-    step = find_steps(weight, largest, k, step_bits)
-    return round_rows(weight, step, largest).to(torch.int8), step
+def quantize_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:
+    return round_rows(weight, step, largest).to(torch.int8)
 
 
 def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
@@ -33,9 +33,13 @@ def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
 
 
 def find_steps(weight: Tensor, largest: int, k: float, step_bits: int) -> Tensor:
-    """The spread of a row is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
+    step = (find_spread(weight) * (k / largest)).clamp(max=65504).half()
     return shorten_mantissa(step, step_bits)
+
+
+def find_spread(weight: Tensor) -> Tensor:
+    """Of each row, around zero, as the grid is."""
+    return weight.float().square().mean(1).sqrt()
 
 
 def round_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:

@@ -2,7 +2,8 @@
 
     data = encode_matrices([codes, ...])                   2-D int8 tensors
     codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
-    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once
+    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once, and classes
+                                                           of rows where those compress better
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
 weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
@@ -10,7 +11,7 @@ row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a
 A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
     rows := u32 crc of the labels | u32 label bytes | labels | data
-    labels := LZMA of u16 per row: 0 for a row unlike all others of its matrix, else the label of its equal rows
+    labels := LZMA of u8 per matrix: 1 for classes of rows; u16 per row: 0, or the label of its equal rows
     data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
     side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
 
@@ -21,6 +22,7 @@ import lzma
 import struct
 import zlib
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +39,11 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb
 def encode_rows(matrices: list[Tensor]) -> bytes:
     labels = [label_rows(codes) for codes in matrices]
     kept = [codes[find_kept(label)[0]] for codes, label in zip(matrices, labels)]
-    packed = compress_side(b"".join(label.numpy().astype("<u2").tobytes() for label in labels))
-    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(kept)
+    turned = [count_bytes(codes.T) < count_bytes(codes) for codes in kept]
+    side = bytes(turned) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
+    packed = compress_side(side)
+    coded = encode_matrices([codes.T if turn else codes for codes, turn in zip(kept, turned)])
+    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + coded
 
 
 def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
@@ -47,12 +52,19 @@ def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
     if not packed or zlib.crc32(packed) != checksum:
         raise ValueError("labels are truncated or changed")
     n_rows = [rows for rows, _ in shapes]
-    content = decompress_side(packed, 2 * sum(n_rows), "labels")
-    if len(content) != 2 * sum(n_rows):
+    size_of_all = len(shapes) + 2 * sum(n_rows)
+    content = decompress_side(packed, size_of_all, "labels")
+    if len(content) != size_of_all:
         raise ValueError("labels are of another number of rows")
-    labels = torch.from_numpy(np.frombuffer(content, "<u2").astype(np.int32)).split(n_rows)
+    turned = [turn != 0 for turn in content[: len(shapes)]]
+    labels = torch.from_numpy(np.frombuffer(content[len(shapes) :], "<u2").astype(np.int32)).split(n_rows)
     found = [find_kept(label) for label in labels]
-    kept = decode_matrices(data[8 + size :], [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)])
+    kept_shapes = [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)]
+    coded = decode_matrices(
+        data[8 + size :],
+        [(columns, rows) if turn else (rows, columns) for (rows, columns), turn in zip(kept_shapes, turned)],
+    )
+    kept = [codes.T if turn else codes for codes, turn in zip(coded, turned)]
     return [codes[places] for codes, (_, places) in zip(kept, found)]
 
 
@@ -78,7 +90,7 @@ def encode_matrices(matrices: list[Tensor]) -> bytes:
         raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
     sides, symbols, tables, sizes = [], [], [], []
     for codes in matrices:
-        side, labels, roots = classify_columns(codes)
+        _, side, labels, roots = classify_columns(codes)
         sides.append(side)
         symbols.append((codes.T[labels.argsort(stable=True)].int() + 128).flatten())
         tables.append(build_frequencies(roots))
@@ -206,13 +218,27 @@ def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor
     return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
 
 
-def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
-    """Side information, class of each column and tables: the number of classes that costs the fewest bytes."""
+def count_bytes(codes: Tensor) -> float:
+    """That a matrix takes, its tables included."""
+    return classify_columns(codes).n_bytes
+
+
+class Classes(NamedTuple):
+    """Of the columns of a matrix."""
+
+    n_bytes: float
+    side: bytes
+    labels: Tensor
+    roots: Tensor  # (classes, 256)
+
+
+def classify_columns(codes: Tensor) -> Classes:
+    """The number of classes that costs the fewest bytes."""
     columns, low, high = codes.shape[1], int(codes.min()) + 128, int(codes.max()) + 128
     index = (codes.long() + 128 + 256 * torch.arange(columns)).flatten()
     counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
     by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
-    best = None
+    best: Classes | None = None
     for n_classes in (1, 2, 4, 8, 16):
         if n_classes > count_classes(*codes.shape):
             break
@@ -226,10 +252,10 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
         deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
         side = bytes([len(roots), low, high, *labels.tolist(), *deltas.flatten().tolist()])
         n_bytes = len(compress_side(side)) + float((sums * prices).sum()) / 2048
-        if best is None or n_bytes < best[0]:
-            best = n_bytes, side, labels, F.pad(roots, (low, 255 - high))
+        if best is None or n_bytes < best.n_bytes:
+            best = Classes(n_bytes, side, labels, F.pad(roots, (low, 255 - high)))
     assert best is not None
-    return best[1:]
+    return best
 
 
 def drop_empty(labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ file holds what was trained. `RowGrid` puts every row of a matrix on a grid of i
 
     stored = fmt.quantize(weight)              the tensors that `fmt.layout(shape)` describes
     stored = fmt.quantize(weight, hessian)     the same grid, other points of it (GPTQ)
+    stored = fmt.quantize(weight, step=step)   another grid
     weight = fmt.dequantize(stored)
     fmt.write_rounded(weight, out)             there and back
     fmt.expected_bytes(shape)                  in the file, before there are weights
@@ -20,7 +21,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.rounding import STEP_BITS, dequantize_rows, quantize_rows, round_to_grid_ref
+from kernels.rounding import (
+    STEP_BITS,
+    dequantize_rows,
+    find_steps,
+    quantize_rows,
+    round_to_grid_ref,
+    shorten_mantissa,
+)
 
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 HALF_BYTES = 1.7  # of an fp16 number in the file, compressed a little
@@ -54,8 +62,9 @@ class Format(Protocol):
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         """What lies in the file for a parameter of this shape."""
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
-        """What is stored. `hessian`: the sum of x x^T over the inputs x of a matrix, where it is known."""
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
+        """What is stored. `hessian`: what errors in a row cost, by direction, where it is known. `step`: of each row,
+        where the grid is not that of training."""
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         """The weight that the model computes with."""
@@ -90,10 +99,19 @@ class RowGrid:
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         return [StoredTensor("", shape, torch.int8), StoredTensor(".step", shape[:1], torch.float16)]
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
+        step = self.find_steps(weight) if step is None else step
         if hessian is not None:
-            return round_with_feedback(weight, hessian, self)
-        return list(quantize_rows(weight, self.largest, self.k, self.step_bits))
+            return [round_with_feedback(weight, step, self.largest, hessian), step]
+        return [quantize_rows(weight, step, self.largest), step]
+
+    def find_steps(self, weight: Tensor) -> Tensor:
+        """The steps of training."""
+        return find_steps(weight, self.largest, self.k, self.step_bits)
+
+    def store_steps(self, step: Tensor) -> Tensor:
+        """Other steps, as they can be stored."""
+        return shorten_mantissa(step.clamp(max=65504).half(), self.step_bits)
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         codes, step = stored
@@ -136,7 +154,7 @@ class Half:
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         return [StoredTensor("", shape, torch.float16)]
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
         return [weight.half()]
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
@@ -164,10 +182,9 @@ def compute_bits(weights: Tensor) -> float:
     return -(shares * shares.log2()).sum().item()
 
 
-def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[Tensor]:
+def round_with_feedback(weight: Tensor, step: Tensor, largest: int, hessian: Tensor) -> Tensor:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error moves the columns that are still open
     so that the outputs change least. Columns go by falling energy."""
-    _, step = quantize_rows(weight, grid.largest, grid.k, grid.step_bits)
     order = hessian.diagonal().argsort(descending=True)
     open_weight = weight.float()[:, order]
     hessian = hessian[order][:, order].float()
@@ -184,9 +201,8 @@ def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[
         stop = min(start + 128, len(order))
         errors = torch.zeros_like(open_weight[:, start:stop])
         for i in range(start, stop):
-            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-largest, largest)
             errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
             open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
         open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    codes = torch.zeros_like(codes).index_copy(1, order, codes)
-    return [codes.to(torch.int8), step]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8)

@@ -27,7 +27,7 @@ TINY = dict(
     average_every=1, byte_limit=0, code_reserve=1000, score_mode="plain", also="none", compile="none", device="cpu",
     dtype="float32", checkpoint_every_s=0.0, log_every=1,
     calibration_tokens=0, lora_rank=2, lora_chunk=16, canonical=False, recall_share=0.0, parallel_passes="none",
-    look_back=0, step_bits=10, qat_start=0.0, newton_schulz="jordan", row_norm=False, skip_gates=False, contexts="",
+    look_back=0, step_bits=10, row_steps="spread", qat_start=0.0, newton_schulz="jordan", row_norm=False, skip_gates=False, contexts="",
 )  # fmt: skip
 
 # for artifacts that are loaded often: decoding takes a step in Python for every weight
@@ -66,10 +66,10 @@ def tiny_settings(lr_scale: float = 1.0, momentum: float = 0.9, depth: int = 1) 
     return train_gpt.Settings(lr_scale, momentum, at(depth), TINY["batch_tokens"], TINY["seq_len"])
 
 
-def pack_weights(config: train_gpt.Config, weights: dict, tokenizer: dict, hessians: dict | None = None) -> bytes:
+def pack_weights(config: train_gpt.Config, weights: dict, tokenizer: dict, curvatures: dict | None = None) -> bytes:
     """An artifact of these weights at the coarseness that the config plans."""
     model = train_gpt.build_meta_model(config)
-    return train_gpt.encode_artifact(config, model, weights, plan_formats(config, model), hessians or {}, tokenizer)
+    return train_gpt.encode_artifact(config, model, weights, plan_formats(config, model), curvatures or {}, tokenizer)
 
 
 def write_artifact(folder: Path, tokenizer_bytes: bytes, **changes) -> Path:

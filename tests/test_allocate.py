@@ -79,7 +79,7 @@ def test_the_known_optimum_of_a_bowl_is_found(folder, monkeypatch):
     a step, so their mean square is a twelfth of its square."""
     bends = dict(core=1.0, edge=4.0, embed=1.0, table=9.0)
     study = Study(folder, 2)
-    study.run.hessians.clear()  # rounding is to the nearest, of Gaussian weights
+    study.run.curvatures.clear()  # rounding is to the nearest, of Gaussian weights
     generator = torch.Generator().manual_seed(1)
     for names in study.roles.values():
         for name in names:
@@ -125,7 +125,8 @@ def test_a_run_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert [cost.name for cost in found.before] == [cost.name for cost in found.after] == list(study.roles)
     assert [cost.k for cost in found.before] == [getattr(study.config, f"{role}_k") for role in study.roles]
     assert table.splitlines()[-1] == found.options == " ".join(f"--{c.name}_k {c.k:g}" for c in found.after)
-    uniform, of_the_run, equalised = found.files
+    uniform, of_the_run, equalised, by_the_loss = found.files
+    assert not by_the_loss.k
     assert of_the_run.k == {cost.name: cost.k for cost in found.before}
     assert equalised.k == {cost.name: cost.k for cost in found.after}
     same_step = [uniform.k[role] / (31 if role in ("core", "edge") else 127) for role in study.roles]
@@ -159,12 +160,12 @@ def test_what_is_measured_is_what_the_file_holds(folder):
     formats = train_gpt.build_formats(study.config_at(LIMIT, own), study.model, study.solve(LIMIT, own))
     run = study.run
     content = train_gpt.encode_artifact(
-        study.config, study.model, run.weights, formats, run.hessians, run.tokenizer.identity
+        study.config, study.model, run.weights, formats, run.curvatures, run.tokenizer.identity
     )
     held = unpack_artifact(content, train_gpt.describe_stored).tensors
     for name, rounded in study.round(run.weights, formats).items():
         assert torch.equal(rounded, held[name]), name
-    assert run.hessians
+    assert run.curvatures
 
 
 def test_files_are_compared_at_equal_bytes(folder, monkeypatch):

@@ -100,6 +100,18 @@ def test_equal_rows_cost_three_bits_each_at_most() -> None:
     assert len(encode_rows([codes])) < len(encode_matrices([codes])) + 32
 
 
+def test_rows_of_different_spread_get_classes_of_rows() -> None:
+    spreads = torch.tensor([1.0, 4.0, 16.0]).repeat(200)[:, None]
+    codes = (torch.randn(600, 64, generator=torch.Generator().manual_seed(0)) * spreads).round().clamp(-127, 127)
+    tall = codes.to(torch.int8)
+    wide = tall.T.contiguous()
+    assert len(encode_rows([tall])) < 0.92 * len(encode_matrices([tall]))
+    assert len(encode_rows([tall])) < len(encode_matrices([wide])) + 64
+    both = encode_rows([tall, wide])
+    for found, given_codes in zip(decode_rows(both, [(600, 64), (64, 600)]), (tall, wide)):
+        assert torch.equal(found, given_codes)
+
+
 def build_rows(labels: bytes, rest: bytes) -> bytes:
     packed = rans.compress_side(labels)
     return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + rest
@@ -108,7 +120,7 @@ def build_rows(labels: bytes, rest: bytes) -> bytes:
 @repeatable
 @given(st.lists(st.integers(0, 6), min_size=8, max_size=8))
 def test_any_labels_with_a_good_checksum_end_in_codes_or_a_value_error(labels: list[int]) -> None:
-    data = build_rows(struct.pack("<8H", *labels), encode_matrices([build_gaussian(5, 20, 3.0)]))
+    data = build_rows(struct.pack("<B8H", 0, *labels), encode_matrices([build_gaussian(5, 20, 3.0)]))
     n_kept = labels.count(0) + len(set(labels) - {0})
     if n_kept == 5:
         (found,) = decode_rows(data, [(8, 20)])
@@ -122,7 +134,7 @@ def test_any_labels_with_a_good_checksum_end_in_codes_or_a_value_error(labels: l
 
 @pytest.mark.parametrize("change", ["none", "cut", "long", "huge"])
 def test_labels_of_another_length_are_refused(change: str) -> None:
-    labels, rest = bytes(2 * 5), encode_matrices([build_gaussian(5, 4, 2.0)])
+    labels, rest = bytes(1 + 2 * 5), encode_matrices([build_gaussian(5, 4, 2.0)])
     content = dict(none=b"", cut=labels[:-2], long=labels + b"\0\0", huge=bytes(50_000_000))[change]
     with pytest.raises(ValueError, match="labels"):
         decode_rows(build_rows(content, rest), [(5, 4)])

@@ -27,7 +27,7 @@ import kernels.newton_schulz as newton_schulz
 import tools.pack
 import tools.submission.script
 from kernels import rounding
-from kernels.rounding import dequantize_rows, quantize_rows
+from kernels.rounding import dequantize_rows, find_steps, quantize_rows
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER_SHARED_BYTES = 227 << 10
@@ -181,6 +181,11 @@ def test_torch_compile_takes_them_without_a_graph_break():
     assert all(torch.equal(a, b) for a, b in zip(compute_all(traced, inputs), plain))
 
 
+def there_and_back(weight: torch.Tensor, largest: int, k: float, step_bits: int) -> torch.Tensor:
+    step = find_steps(weight, largest, k, step_bits)
+    return dequantize_rows(quantize_rows(weight, step, largest), step)
+
+
 @needs_triton
 @interpreted
 @pytest.mark.parametrize("rows, columns", [(8, 64), (5, 130), (3, 1), (2, 2048)])
@@ -193,7 +198,7 @@ def test_rounding_is_that_of_the_exporter(rows, columns, bits, k):
     found = torch.empty_like(weight)
     for step_bits in (10, 3, 0):
         rounding.round_to_grid_triton(weight, found, largest, k, step_bits)
-        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k, step_bits)))
+        assert torch.equal(found, there_and_back(weight, largest, k, step_bits))
 
 
 @needs_triton
@@ -203,7 +208,7 @@ def test_rounding_sends_ties_to_the_even_code():
     weight = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.5, -0.5] + [1.0] * 4])
     weight[0, 6:] = ((10 - weight[0, :6].square().sum()) / 4).sqrt()
     largest, k = 31, 31.0
-    assert quantize_rows(weight, largest, k)[1].item() == 1.0
+    assert find_steps(weight, largest, k, 10).item() == 1.0
     found = torch.empty_like(weight)
     rounding.round_to_grid_triton(weight, found, largest, k)
     assert found[0, :6].tolist() == [0, 0, 2, -2, 0, 0]
@@ -217,7 +222,7 @@ def test_the_plain_rounding_is_that_of_the_exporter(bits, k):
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(weight.shape, dtype=dtype)
         rounding.round_to_grid(weight, found, largest, k, 3)
-        assert torch.equal(found, dequantize_rows(*quantize_rows(weight, largest, k, 3)).to(dtype))
+        assert torch.equal(found, there_and_back(weight, largest, k, 3).to(dtype))
 
 
 @outside

@@ -11,8 +11,9 @@ at all, with everything else rounded as usual, and scaled back to the present st
 loses for each kB that it saves, in thousandths of a bit per byte (mb); at the best allocation all slopes are the same.
 The k's move three times to where they would be, and everything is measured again after each move.
 
-At every limit files of three allocations are made by the exporter, read back and measured: one step for all roles, the
-k's of the run, and those found. Differences are paired by batch; their standard errors are over the text, and do not
+At every limit files of four allocations are made by the exporter, read back and measured: one step for all roles, the
+k's of the run, those found, and steps that every row gets by its own curvature of the loss (--row_steps loss, for runs
+that train without rounding). Differences are paired by batch; their standard errors are over the text, and do not
 contain that one rounding of the same weights is luckier than another, by up to a mb.
 
 The text is the training text that the run would have read next, never validation text, and the score is the plain loss.
@@ -83,7 +84,7 @@ class File:
     """A real file of one allocation, reloaded."""
 
     allocation: str
-    k: Ks
+    k: Ks  # none, if the loss chose the steps
     bytes: int
     bpb: float
     mb: float  # against the uniform allocation
@@ -98,11 +99,11 @@ class Found:
     limit: int
     before: list[Cost]  # of the roles, at the k's of the run
     after: list[Cost]  # and at those found
-    files: list[File]  # the last one has those
+    files: list[File]
 
     @property
     def options(self) -> str:
-        return format_options(self.files[-1].k)
+        return format_options({cost.name: cost.k for cost in self.after})
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Study:
     def __init__(self, folder: Path, n_batches: int):
         self.run = load_finished(folder)
         self.model = self.run.model.eval()
-        self.config = replace(self.run.config, k_scale=0.0)
+        self.config = replace(self.run.config, k_scale=0.0, row_steps="spread")
         self.roles: dict[str, list[str]] = {}  # the tensors of each
         self.specs = collect_specs(self.model)
         for name, spec in self.specs.items():
@@ -165,7 +166,7 @@ class Study:
             form = formats[name]
             if isinstance(form, RowGrid):
                 form = replace(form, k=form.k * coarser)
-            stored = form.quantize(self.run.weights[name], self.run.hessians.get(name))
+            stored = form.quantize(self.run.weights[name], self.run.hessian(name))
             rounded[name] = form.dequantize(stored)
         return rounded
 
@@ -248,16 +249,17 @@ def allocate(study: Study, limit: int, own: Ks) -> Found:
         for _ in range(ROUNDS):
             k = equalise(costs)
             costs = study.measure(study.roles, limit, k, bar)
-    allocations = {"uniform": uniform(study, costs), "of the run": own, "equalised": k}
+    allocations = {"uniform": uniform(study, costs), "of the run": own, "equalised": k, "by the loss": {}}
     return Found(limit, before, costs, compare(study, limit, allocations, costs))
 
 
 def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequence[Cost]) -> list[File]:
-    """The real files, against the first one."""
+    """The real files, against the first one. Where no k's are given, the loss chooses the steps."""
     files: list[File] = []
     first_bytes, first_losses = 0, torch.zeros(0)
     for name, k in allocations.items():
-        content = study.run.fit(study.config_at(limit, k))
+        config = study.config_at(limit, k)
+        content = study.run.fit(config if k else replace(config, row_steps="loss", qat_start=1.0))
         n_bytes = len(content)
         losses = study.losses(unpack_artifact(content, train_gpt.describe_stored).tensors)
         if not files:
@@ -315,7 +317,7 @@ def format_files(found: Found) -> list[str]:
     heads = "".join(f"{role + '_k':>9}" for role in roles)
     lines = [f"{'':<12}{heads}{'bytes':>12}{'bpb':>10}{'mb':>9}{'±':>7}{'equal bytes':>13}"]
     for file in found.files:
-        k = "".join(f"{file.k[role]:>9.4g}" for role in roles)
+        k = "".join(f"{file.k[role]:>9.4g}" if file.k else f"{'':>9}" for role in roles)
         lines.append(
             f"{file.allocation:<12}{k}{file.bytes:>12,}{file.bpb:>10.5f}{file.mb:>9.3f}{file.noise:>7.3f}"
             f"{file.mb_at_equal_bytes:>13.3f}"
@@ -344,7 +346,7 @@ def format_report(report: Report) -> str:
 
 
 def draw(report: Report, out: Path) -> None:
-    """Left the slopes of tensors, right the loss of the three allocations over the limits."""
+    """Left the slopes of tensors, right the loss of the allocations over the limits."""
     figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(12, 5), layout="constrained")
     names = [cost.name for cost in report.tensors]
     for number, role in enumerate(report.found[0].before):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from loopgolf.curvature import Curvature
 from loopgolf.runtime import Log, RunContext
 from tools.lib.runlog import RunError
 
@@ -25,13 +26,17 @@ class FinishedRun:
     text: train_gpt.TrainingText
     tokenizer: train_gpt.Tokenizer
     weights: dict[str, Tensor]
-    hessians: dict[str, Tensor]
+    curvatures: dict[str, Curvature]
     consumed: int
+
+    def hessian(self, name: str) -> Tensor | None:
+        """That steers the rounding of a parameter, where there is one."""
+        return self.curvatures[name].columns if name in self.curvatures else None
 
     def fit(self, config: train_gpt.Config) -> bytes:
         """The file that the exporter makes with the byte limit and the k's of this config."""
         k_scale = train_gpt.plan_k_scale(config, self.model)
-        trained = train_gpt.Trained(self.weights, self.hessians, k_scale, train_gpt.Position())
+        trained = train_gpt.Trained(self.weights, self.curvatures, k_scale, train_gpt.Position())
         return train_gpt.fit_artifact(config, self.model, trained, self.tokenizer.identity)
 
 
@@ -56,6 +61,6 @@ def load_finished(folder: Path) -> FinishedRun:
         text=text,
         tokenizer=tokenizer,
         weights=weights,
-        hessians=train_gpt.calibrate(config, ctx, weights, text) if config.calibration_tokens else {},
+        curvatures=train_gpt.calibrate(config, ctx, weights, text) if config.calibration_tokens else {},
         consumed=consumed,
     )
