@@ -290,7 +290,7 @@ class Config(Run, Size, Training, Stored):
         self.require("bos_id", self.bos_id < self.vocab_size, f"must be below vocab_size={self.vocab_size}")
         self.require("windows", set(self.windows) <= set("LS"), "is made of the letters L and S")
         is_free = self.row_steps == "spread" or self.qat_start == 1
-        self.require("row_steps", is_free, "training must not round to other steps: add --qat_start 1, or take --row_steps spread")
+        self.require("row_steps", is_free, "training rounds to others; add --qat_start 1 or take --row_steps spread")
 
     def check_plan(self) -> None:
         plan = parse_plan(self.plan)
@@ -364,7 +364,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         data_path="data/fineweb_sp8192",
         # contexts that grow: parameter-golf #2014; loops from .35 on: #1420
         # rounded by GPTQ after training only, as in parameter-golf #1394 and after
-        embed_bits=7, embed_k=15.0, step_bits=3, row_steps="loss", qat_start=1.0, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
+        embed_bits=7, embed_k=15.0, step_bits=3, row_steps="loss", qat_start=1.0,
+        seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
         average="ema", average_start=0.5, average_every=1, ema_decay=0.9965,

@@ -2,8 +2,8 @@
 
     data = encode_matrices([codes, ...])                   2-D int8 tensors
     codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
-    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once, and classes
-                                                           of rows where those compress better
+    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once, and
+                                                           classes of rows where those compress better
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
 weights), and every class has its own frequency table. All matrices, class after class, column after column, form one

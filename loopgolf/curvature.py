@@ -88,8 +88,8 @@ def watch_table(total: Curvature, module: nn.Module, inputs: tuple[Tensor, ...],
 
 
 class Rows(NamedTuple):
-    """The rows of a matrix. Any steps between `least`, where the largest weight has the largest code, and `most`, beyond
-    which a row would hardly be more than zeros, can be theirs."""
+    """The rows of a matrix. Their steps can be anything between `least`, where the largest weight has the largest code,
+    and `most`, beyond which a row would hardly be more than zeros."""
 
     columns: int
     spread: Tensor
@@ -102,7 +102,7 @@ class Rows(NamedTuple):
         return (scale * self.wanted).minimum(self.most).maximum(self.least)
 
     def count_bits(self, step: Tensor) -> float:
-        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) at fine steps, nothing at coarse."""
+        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse."""
         ratio = (step / self.spread)[self.spread > 0].double()
         return self.columns * float((1 + 2 * math.pi * math.e / ratio.square()).log2().sum()) / 2
 
@@ -124,8 +124,9 @@ def describe_rows(weight: Tensor, grid: RowGrid, curvature: Curvature) -> Rows:
 def choose_steps(
     weights: Mapping[str, Tensor], grids: Mapping[str, RowGrid], curvatures: Mapping[str, Curvature]
 ) -> dict[str, Tensor]:
-    """The fp16 step of each row at which a bit buys the same everywhere, with as many bits in all as the k's of the grids
-    ask for. Rounding costs curvature * step^2 and saves log2(step) bits per weight, so steps go by 1 / sqrt(curvature)."""
+    """The fp16 step of each row at which a bit buys the same everywhere, with as many bits in all as the k's of the
+    grids ask for. Rounding costs curvature * step^2 and saves log2(step) bits per weight, so steps go by 1 /
+    sqrt(curvature)."""
     all_rows = {name: describe_rows(weights[name], grids[name], curvatures[name]) for name in curvatures}
     asked = sum(rows.count_bits(rows.usual) for rows in all_rows.values())
     low, high = 1e-12, 1e12

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import events, tiny_config, tiny_context, tiny_model, tiny_options, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +19,6 @@ from loopgolf.errors import ConfigError
 from loopgolf.layers import Linear, Table
 from loopgolf.params import start_normal
 from loopgolf.quantize import RowGrid, compute_entropy
-from tests.helpers import events, tiny_config, tiny_context, tiny_model, tiny_options, train
 from tools.lib.finished import load_finished
 
 LOSS = dict(row_steps="loss", qat_start=1.0)

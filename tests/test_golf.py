@@ -282,14 +282,22 @@ def test_contexts_grow_in_a_run_and_it_resumes_bit_for_bit(dataset, tmp_path, mo
 
 @pytest.mark.slow
 def test_two_ranks_train_it_as_one(dataset, tmp_path):
+    """Up to the file, whose steps both measure together."""
     grows = dict(contexts="16:0.4", iterations=6, plan="a(b)*2c", ttt_freeze="", **ALL)
-    grows |= dict(row_norm=True, newton_schulz="polar_express")
-    losses = []
-    for ranks in (1, 2):
-        done = run_cli(tiny_options(dataset, run_id=f"r{ranks}", **grows), tmp_path, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        losses.append([float(line["train_loss"]) for line in events(done.stdout, "train")])
+    grows |= dict(row_norm=True, newton_schulz="polar_express", qat_start=1.0, row_steps="loss")
+    grows |= SMALL | dict(byte_limit=7000, calibration_tokens=256)
+    train(tmp_path, dataset, run_id="r1", **grows)
+    done = run_cli(tiny_options(dataset, run_id="r2", **grows), tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    logs = [(tmp_path / "runs" / name / "log.txt").read_text() for name in ("r1", "r2")]
+    losses = [[float(line["train_loss"]) for line in events(log, "train")] for log in logs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 6
+    results = [events(log, "result")[0] for log in logs]
+    assert float(results[0]["val_bpb"]) == pytest.approx(float(results[1]["val_bpb"]), abs=2e-3)
+    files = [train_gpt.load_artifact(tmp_path / "runs" / name / "artifact.lg") for name in ("r1", "r2")]
+    steps = [file.raw["embed.weight.step"].float() for file in files]
+    ratio = steps[0] / steps[1]
+    assert (ratio / ratio.mean() - 1).abs().max() < 0.02, "more than another fit"
 
 
 def test_a_run_compiles_the_forwards_that_it_has():

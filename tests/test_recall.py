@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import events, run_cli, tiny_config, tiny_context, tiny_model, tiny_options, write_artifact
+from helpers import events, run_cli, tiny_config, tiny_context, tiny_model, train, write_artifact
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,14 +107,14 @@ def test_a_score_decodes_and_the_code_is_as_long_as_it_says(mode, tmp_path, toke
 
 
 @pytest.mark.slow
-def test_one_rank_and_two_score_alike(dataset, tmp_path):
-    given = tiny_options(dataset, recall_share=0.3, run_id="one", score_mode="banded")
-    done = run_cli(given, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_one_rank_and_two_score_alike(dataset, tmp_path, monkeypatch, capsys):
+    folder = train(tmp_path, dataset, recall_share=0.3, run_id="one", score_mode="banded")
     settings = ["--score", "runs/one/artifact.lg", "--device", "cpu", "--dtype", "float32", "--compile", "none"]
     again = run_cli(settings, tmp_path, ranks=2)
     assert again.returncode == 0, again.stderr
-    scores = [float(events(text, "result")[0]["val_bpb"]) for text in (done.stdout, again.stdout)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    plain = run_cli([*settings, "--recall_share", "0"], tmp_path)
-    assert abs(float(events(plain.stdout, "result")[0]["val_bpb"]) - scores[0]) > 1e-3
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([*settings, "--recall_share", "0"], {}) == 0
+    texts = [(folder / "log.txt").read_text(), again.stdout, capsys.readouterr().out]
+    one, two, without = (float(events(text, "result")[-1]["val_bpb"]) for text in texts)
+    assert one == pytest.approx(two, abs=1e-5)
+    assert abs(without - one) > 1e-3
