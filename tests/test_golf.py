@@ -297,7 +297,7 @@ def test_two_ranks_train_it_as_one(dataset, tmp_path):
     files = [train_gpt.load_artifact(tmp_path / "runs" / name / "artifact.lg") for name in ("r1", "r2")]
     steps = [file.raw["embed.weight.step"].float() for file in files]
     ratio = steps[0] / steps[1]
-    assert (ratio / ratio.mean() - 1).abs().max() < 0.02, "more than another fit"
+    assert (ratio / ratio.mean() - 1).abs().mean() < 0.002, "more than another fit"
 
 
 def test_a_run_compiles_the_forwards_that_it_has():
