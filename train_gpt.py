@@ -179,7 +179,7 @@ class Size:
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
     step_bits: int = option(10, "bits that the mantissa of a row's step keeps: fewer take fewer bytes", high=10)
-    row_steps: str = option("spread", "steps in the file: as above, or as the loss minds", choices=("spread", "loss"))
+    row_steps: str = option("spread", "steps in the file: as in training, or by their cost", choices=("spread", "loss"))
     qat_start: float = option(0.0, "fraction of the budget before which weights are not rounded", high=1)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
@@ -289,8 +289,11 @@ class Config(Run, Size, Training, Stored):
             self.require(name, getattr(self, name) <= self.seq_len, f"must be at most seq_len={self.seq_len}")
         self.require("bos_id", self.bos_id < self.vocab_size, f"must be below vocab_size={self.vocab_size}")
         self.require("windows", set(self.windows) <= set("LS"), "is made of the letters L and S")
-        is_free = self.row_steps == "spread" or self.qat_start == 1
-        self.require("row_steps", is_free, "training rounds to others; add --qat_start 1 or take --row_steps spread")
+        if self.row_steps == "loss":
+            self.require(
+                "row_steps", self.qat_start == 1, "training rounds to others; add --qat_start 1, or take spread"
+            )
+            self.require("row_steps", self.calibration_tokens > 0, "needs --calibration_tokens, or take spread")
 
     def check_plan(self) -> None:
         plan = parse_plan(self.plan)
@@ -1517,12 +1520,10 @@ def train(
     write_checkpoint(ctx, state, at, folder)  # whatever happens from here on, a resumed run finds the trained weights
     averaged = state.averaged_weights()
     curvatures: dict[str, Curvature] = {}
-    if calibrates and config.iterations:
-        curvatures = calibrate(config, ctx, averaged, text)
-    elif calibrates:
-        # a batch takes longer than a step, as it is not compiled: one that starts four steps before the end is in time
-        deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
-        curvatures = calibrate(config, ctx, averaged, text, lambda: clock.read() < deadline_s)
+    if calibrates:
+        time_left = TimeForBatches(clock, config.max_wallclock_seconds, EAGER_STEPS * budget.slowest_s)
+        wants_more = wants_tokens(config) if config.iterations else time_left.fits_another
+        curvatures = calibrate(config, ctx, averaged, text, wants_more)
     at.used_s = clock.stop()
     log_telemetry(model, at.step, text.stream, ctx)
     return Trained(averaged, curvatures, k_scale, at)
@@ -1597,6 +1598,25 @@ def resume_position(config: Config, ctx: RunContext, state: TrainState, folder: 
 
 
 CALIBRATED_AT_ONCE = 16_384  # tokens: not compiled, they take more memory than in training
+EAGER_STEPS = 5  # compiled steps that a batch may take that is not: 3.3 were measured on a CPU
+
+
+class TimeForBatches:
+    """Whether another batch would end in time, which all ranks answer alike. The first one is taken to need `first_s`,
+    all others as much as the slowest before them."""
+
+    def __init__(self, clock: Clock, end_s: float, first_s: float):
+        self.clock, self.end_s, self.first_s = clock, end_s, first_s
+        self.asked_s: list[float] = []
+
+    def fits_another(self, consumed: int) -> bool:
+        self.asked_s.append(self.clock.read_slowest())
+        needed_s = max((b - a for a, b in itertools.pairwise(self.asked_s)), default=self.first_s)
+        return self.asked_s[-1] + needed_s < self.end_s
+
+
+def wants_tokens(config: Config) -> Callable[[int], bool]:
+    return lambda consumed: consumed < config.calibration_tokens
 
 
 def calibrate(
@@ -1604,31 +1624,32 @@ def calibrate(
     ctx: RunContext,
     weights: dict[str, Tensor],
     text: TrainingText,
-    is_time_left: Callable[[], bool] | None = None,
+    wants_more: Callable[[int], bool],
 ) -> dict[str, Curvature]:
-    """How much the loss minds errors in matrices and tables, on training text: calibration_tokens of it, or, against a
-    clock, as much as the time that is left allows."""
-    # the gradient reaches every pass, and no pass is computed twice; not compiled: hooks do not run in a graph
-    whole = replace(config, bptt=0, checkpoint_passes=False)
-    model = LoopedGPT(whole, ctx.dtype).to(ctx.device)
+    """How sensitive the loss is to errors in matrices and tables, on training text. `wants_more` is asked before every
+    batch, with the tokens read so far."""
+    # the gradient reaches every pass; not compiled: hooks do not run in a graph
+    model = LoopedGPT(replace(config, bptt=0), ctx.dtype).to(ctx.device)
     model.load_state_dict(weights)
     meter = CurvatureMeter(model)
-
-    def wants_more(consumed: int) -> bool:
-        return consumed < config.calibration_tokens if is_time_left is None else is_time_left()
-
     settings = settings_at(config, 1.0, 0)
     rows = max(1, CALIBRATED_AT_ONCE // settings.seq_len)
-    consumed = 0
-    while wants_more(consumed):
+    if config.micro_batch:
+        rows = min(rows, config.micro_batch)
+
+    def measure(consumed: int) -> None:
         inputs, targets = load_batch(text, consumed, settings, ctx)
         for x, y in zip(inputs.split(rows), targets.split(rows)):
             states = model.hidden(x)
-            logits = F.linear(states, model.head)
+            logits = F.linear(states, model.head.detach())
             meter.watch_head(model.head_name, states, logits)
             capped = softcap(logits.float(), config.softcap)
             F.cross_entropy(capped.flatten(0, 1), y.flatten(), reduction="sum").backward()
         ctx.sync()
+
+    consumed = 0
+    while wants_more(consumed):
+        measure(consumed)
         consumed += settings.batch_tokens
     ctx.log("calibration", tokens=consumed)
     return meter.totals(ctx.sum)
@@ -1702,7 +1723,7 @@ def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: d
 
     limit_chose_grid = is_limit_binding(config, trained.k_scale)
     if not limit_chose_grid and forecast(trained.k_scale) <= room:
-        # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
+        # on the very grid of training weights may have learned to be rounded plainly: there feedback only loses
         content = encode(trained.k_scale, {})
         if len(content) <= room:
             return content

@@ -36,8 +36,8 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_RAW_BYTES = 1 << 30
 STREAMS = (torch.int8, torch.float16)  # what lies in each stream, in the order of the file
 MATRIX_CODECS = {
-    "rans_rows": decode_rows,
-    "rans": decode_matrices,  # of files from before equal rows were stored once
+    "rans_classes": decode_rows,
+    "rans": decode_matrices,  # of files from before equal rows were stored once, with classes of columns only
 }
 
 
@@ -117,8 +117,8 @@ def stored_tensors(layout: Layout, dtype: torch.dtype) -> Iterable[tuple[str, St
 def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
     loses on them, so there it is only tried where a quick level wins already."""
-    choices = {"rans_rows": encode_rows(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans_rows"]):
+    choices = {"rans_classes": encode_rows(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans_classes"]):
         choices["zstd"] = zstandard.compress(content, 22)
     if not matrices:
         # first bytes are alike, second ones are noise: parameter-golf #1089

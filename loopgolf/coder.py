@@ -1,17 +1,17 @@
 """A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
 
-    data = encode_matrices([codes, ...])                   2-D int8 tensors
-    codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
-    encode_rows, decode_rows                               the same, with equal rows of a matrix stored once, and
-                                                           classes of rows where those compress better
+    content = encode_rows([codes, ...])                        2-D int8 tensors
+    codes = decode_rows(content, [(rows, columns), ...])       the same tensors, or ValueError
+    codes = decode_matrices(data, [(rows, columns), ...])      of the part `data` alone, which older files are made of
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
-weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
+weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes. Every class has its own
+frequency table. All matrices, class after class, column after column, form one
 row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
 A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
-    rows := u32 crc of the labels | u32 label bytes | labels | data
-    labels := LZMA of u8 per matrix: 1 for classes of rows; u16 per row: 0, or the label of its equal rows
+    content := u32 crc of the labels | u32 label bytes | labels | data
+    labels := LZMA of u8 per matrix: 1 if it is turned in `data`, 0 if not; u16 per row: 0, or a label of equal rows
     data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
     side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
 
@@ -36,14 +36,28 @@ MOST_LABELS = (1 << 16) - 1
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 
 
+class Classes(NamedTuple):
+    """Of the columns of a matrix, and the bytes that it takes with them."""
+
+    n_bytes: float
+    side: bytes
+    labels: Tensor
+    roots: Tensor  # (classes, 256)
+
+
 def encode_rows(matrices: list[Tensor]) -> bytes:
+    if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
+        raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
     labels = [label_rows(codes) for codes in matrices]
-    kept = [codes[find_kept(label)[0]] for codes, label in zip(matrices, labels)]
-    turned = [count_bytes(codes.T) < count_bytes(codes) for codes in kept]
-    side = bytes(turned) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
+    by_rows, classified = [], []
+    for codes, label in zip(matrices, labels):
+        kept = codes[find_kept(label)[0]]
+        of_columns, of_rows = classify_columns(kept), classify_columns(kept.T)
+        by_rows.append(of_rows.n_bytes < of_columns.n_bytes)
+        classified.append((kept.T, of_rows) if by_rows[-1] else (kept, of_columns))
+    side = bytes(by_rows) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
     packed = compress_side(side)
-    coded = encode_matrices([codes.T if turn else codes for codes, turn in zip(kept, turned)])
-    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + coded
+    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(classified)
 
 
 def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
@@ -52,19 +66,19 @@ def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
     if not packed or zlib.crc32(packed) != checksum:
         raise ValueError("labels are truncated or changed")
     n_rows = [rows for rows, _ in shapes]
-    size_of_all = len(shapes) + 2 * sum(n_rows)
-    content = decompress_side(packed, size_of_all, "labels")
-    if len(content) != size_of_all:
+    n_bytes = len(shapes) + 2 * sum(n_rows)
+    content = decompress_side(packed, n_bytes, "labels")
+    if len(content) != n_bytes:
         raise ValueError("labels are of another number of rows")
-    turned = [turn != 0 for turn in content[: len(shapes)]]
+    by_rows = [kind != 0 for kind in content[: len(shapes)]]
     labels = torch.from_numpy(np.frombuffer(content[len(shapes) :], "<u2").astype(np.int32)).split(n_rows)
     found = [find_kept(label) for label in labels]
     kept_shapes = [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)]
     coded = decode_matrices(
         data[8 + size :],
-        [(columns, rows) if turn else (rows, columns) for (rows, columns), turn in zip(kept_shapes, turned)],
+        [(columns, rows) if is_turned else (rows, columns) for (rows, columns), is_turned in zip(kept_shapes, by_rows)],
     )
-    kept = [codes.T if turn else codes for codes, turn in zip(coded, turned)]
+    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, by_rows)]
     return [codes[places] for codes, (_, places) in zip(kept, found)]
 
 
@@ -85,12 +99,9 @@ def find_kept(labels: Tensor) -> tuple[Tensor, Tensor]:
     return kept, places
 
 
-def encode_matrices(matrices: list[Tensor]) -> bytes:
-    if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
-        raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
+def encode_matrices(matrices: list[tuple[Tensor, Classes]]) -> bytes:
     sides, symbols, tables, sizes = [], [], [], []
-    for codes in matrices:
-        _, side, labels, roots = classify_columns(codes)
+    for codes, (_, side, labels, roots) in matrices:
         sides.append(side)
         symbols.append((codes.T[labels.argsort(stable=True)].int() + 128).flatten())
         tables.append(build_frequencies(roots))
@@ -216,20 +227,6 @@ def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor
     if at != len(side):
         raise ValueError("tables do not end where they should")
     return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
-
-
-def count_bytes(codes: Tensor) -> float:
-    """That a matrix takes, its tables included."""
-    return classify_columns(codes).n_bytes
-
-
-class Classes(NamedTuple):
-    """Of the columns of a matrix."""
-
-    n_bytes: float
-    side: bytes
-    labels: Tensor
-    roots: Tensor  # (classes, 256)
 
 
 def classify_columns(codes: Tensor) -> Classes:

@@ -1,4 +1,4 @@
-"""Where the loss minds that a weight is rounded: the Fisher information of matrices and tables, from training text.
+"""How sensitive the loss is to rounding: the empirical Fisher information of matrices and tables, on training text.
 
     meter = CurvatureMeter(model)                    hooks on every layer and table
     meter.watch_head(name, states, logits)           the head is a product with a table
@@ -6,10 +6,10 @@
     curvatures = meter.totals(ctx.sum)               by name of the parameter
     steps = choose_steps(weights, grids, curvatures)
 
-The information of a matrix has as many numbers as the matrix squared. Two averages of it are kept: over its rows, how
-much an error in a row costs by direction, which steers GPTQ (GuidedQuant, Kim et al. 2025, arXiv:2505.07004); and over
-its columns, how much errors in a row cost at all. A shared block sums over its passes. A table is read one row at a
-time: a token that is frequent has a row that matters.
+The information of a matrix has as many numbers as the matrix squared. Two sums of it are kept: over its rows, how much
+an error in a row costs by direction, which steers GPTQ (GuidedQuant, Kim et al. 2025, arXiv:2505.07004); and over its
+columns, how much errors in a row cost at all. A shared block sums over its passes. A table is read one row at a time:
+the row of a frequent token matters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_CURVATURE = 0.1  # of the mean of a matrix: what is left of a row that the
 
 
 class Curvature(NamedTuple):
-    """An error e in row i of a matrix raises the loss by about rows[i] * (e @ columns @ e) / columns.trace()."""
+    """An error e in row i raises the loss in proportion to rows[i] * (e @ columns @ e) / columns.trace()."""
 
     columns: Tensor  # (columns, columns)
     rows: Tensor  # (rows,)
@@ -44,11 +44,13 @@ class CurvatureMeter:
         for name, module in model.named_modules():
             if isinstance(module, Linear | Table):
                 rows, columns = module.weight.shape
-                new = functools.partial(torch.zeros, device=module.weight.device)
-                total = Curvature(new(columns, columns), new(rows))
+                device = module.weight.device
+                total = Curvature(torch.zeros(columns, columns, device=device), torch.zeros(rows, device=device))
                 self.sums[f"{name}.weight"] = total
                 watch = watch_layer if isinstance(module, Linear) else watch_table
                 module.register_forward_hook(functools.partial(watch, total))
+            if isinstance(module, Linear):
+                module.weight.requires_grad_(False)  # only the gradients of outputs are wanted; tables start the graph
 
     def watch_head(self, name: str, states: Tensor, logits: Tensor) -> None:
         """`logits`: the products of the states with the rows of a table."""
@@ -66,12 +68,13 @@ def watch_layer(total: Curvature, module: nn.Module, inputs: tuple[Tensor, ...],
 
 def add_product(total: Curvature, x: Tensor, y: Tensor) -> None:
     """Of a matrix in y = x @ matrix.T, as soon as the gradient of y is known."""
-    x = x.detach().flatten(0, -2).float()
+    x = x.detach().flatten(0, -2)
 
     def add(gradient: Tensor) -> None:
         energy = gradient.flatten(0, -2).float().square()
-        total.columns.addmm_((x * energy.sum(1, keepdim=True)).T, x)
-        total.rows.addmv_(energy.T, x.square().sum(1))
+        weighted = x.float() * energy.sum(1, keepdim=True).sqrt()
+        total.columns.addmm_(weighted.T, weighted)
+        total.rows.addmv_(energy.T, x.float().square().sum(1))
 
     y.register_hook(add)
 
@@ -82,14 +85,14 @@ def watch_table(total: Curvature, module: nn.Module, inputs: tuple[Tensor, ...],
     def add(gradient: Tensor) -> None:
         gradient = gradient.flatten(0, -2).float()
         total.columns.addmm_(gradient.T, gradient)
-        total.rows.index_add_(0, ids, gradient.square().sum(1))
+        total.rows.index_put_((ids,), gradient.square().sum(1), accumulate=True)  # in a fixed order on a GPU, too
 
     output.register_hook(add)
 
 
 class Rows(NamedTuple):
-    """The rows of a matrix. Their steps can be anything between `least`, where the largest weight has the largest code,
-    and `most`, beyond which a row would hardly be more than zeros."""
+    """The rows of a matrix. Their steps stay above `least`, where the largest weight has the largest code, and below
+    `most`, beyond which a row would hardly be more than zeros."""
 
     columns: int
     spread: Tensor
@@ -129,7 +132,7 @@ def choose_steps(
     sqrt(curvature)."""
     all_rows = {name: describe_rows(weights[name], grids[name], curvatures[name]) for name in curvatures}
     asked = sum(rows.count_bits(rows.usual) for rows in all_rows.values())
-    low, high = 1e-12, 1e12
+    low, high = 1e-12, 1e12  # curvatures of any loss lie in between
     while high > 1.0001 * low:
         scale = math.sqrt(low * high)
         if sum(rows.count_bits(rows.steps_at(scale)) for rows in all_rows.values()) > asked:

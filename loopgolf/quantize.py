@@ -3,12 +3,12 @@
 A format turns a weight into the tensors that lie in the file, and back. Training rounds with the same format, so the
 file holds what was trained. `RowGrid` puts every row of a matrix on a grid of integer codes; `Half` is fp16.
 
-    stored = fmt.quantize(weight)              the tensors that `fmt.layout(shape)` describes
-    stored = fmt.quantize(weight, hessian)     the same grid, other points of it (GPTQ)
-    stored = fmt.quantize(weight, step=step)   another grid
+    stored = fmt.quantize(weight)                   the tensors that `fmt.layout(shape)` describes
+    stored = fmt.quantize(weight, hessian)          the same grid, other points of it (GPTQ)
+    stored = fmt.quantize(weight, hessian, step)    another grid as well
     weight = fmt.dequantize(stored)
-    fmt.write_rounded(weight, out)             there and back
-    fmt.expected_bytes(shape)                  in the file, before there are weights
+    fmt.write_rounded(weight, out)                  there and back
+    fmt.expected_bytes(shape)                       in the file, before there are weights
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Format(Protocol):
         """What lies in the file for a parameter of this shape."""
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
-        """What is stored. `hessian`: what errors in a row cost, by direction, where it is known. `step`: of each row,
-        where the grid is not that of training."""
+        """What is stored. `hessian` (columns, columns): what errors in a row cost by direction, where it is known.
+        `step`: of each row, where the grid is not that of training."""
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         """The weight that the model computes with."""

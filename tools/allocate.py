@@ -12,9 +12,9 @@ loses for each kB that it saves, in thousandths of a bit per byte (mb); at the b
 The k's move three times to where they would be, and everything is measured again after each move.
 
 At every limit files of four allocations are made by the exporter, read back and measured: one step for all roles, the
-k's of the run, those found, and steps that every row gets by its own curvature of the loss (--row_steps loss, for runs
-that train without rounding). Differences are paired by batch; their standard errors are over the text, and do not
-contain that one rounding of the same weights is luckier than another, by up to a mb.
+k's of the run, those found, and what --row_steps loss makes, for runs that train without rounding: a step for every row
+by what errors in it cost. Differences are paired by batch; their standard errors are over the text, and do not contain
+that one rounding of the same weights is luckier than another, by up to a mb.
 
 The text is the training text that the run would have read next, never validation text, and the score is the plain loss.
 Rounding here comes after training. Training adapts to its own grids, and a file on the very grid of its training is
@@ -249,12 +249,14 @@ def allocate(study: Study, limit: int, own: Ks) -> Found:
         for _ in range(ROUNDS):
             k = equalise(costs)
             costs = study.measure(study.roles, limit, k, bar)
-    allocations = {"uniform": uniform(study, costs), "of the run": own, "equalised": k, "by the loss": {}}
+    allocations = {"uniform": uniform(study, costs), "k's of run": own, "equalised": k}
+    if study.run.curvatures:
+        allocations["by the loss"] = {}
     return Found(limit, before, costs, compare(study, limit, allocations, costs))
 
 
 def compare(study: Study, limit: int, allocations: Mapping[str, Ks], costs: Sequence[Cost]) -> list[File]:
-    """The real files, against the first one. Where no k's are given, the loss chooses the steps."""
+    """The real files, against the first one. Without k's the loss chooses the steps."""
     files: list[File] = []
     first_bytes, first_losses = 0, torch.zeros(0)
     for name, k in allocations.items():

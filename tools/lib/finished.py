@@ -61,6 +61,6 @@ def load_finished(folder: Path) -> FinishedRun:
         text=text,
         tokenizer=tokenizer,
         weights=weights,
-        curvatures=train_gpt.calibrate(config, ctx, weights, text) if config.calibration_tokens else {},
+        curvatures=train_gpt.calibrate(config, ctx, weights, text, train_gpt.wants_tokens(config)),
         consumed=consumed,
     )
