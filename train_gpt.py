@@ -185,7 +185,7 @@ class Size:
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
-    code_reserve: int = option(36_000, "bytes that a run sets aside for the code (0 = code does not count)")
+    code_reserve: int = option(38_000, "bytes that a run sets aside for the code (0 = code does not count)")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import train_gpt
 from loopgolf.source import find_counted
 from tools.submission import script
 
-RESERVE = 36_000
+RESERVE = 38_000
 QUICK = SMALL | dict(score_documents=2, lora_chunk=32)
 
 
