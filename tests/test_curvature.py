@@ -151,6 +151,18 @@ def test_where_training_is_coarse_steps_may_be_too():
         assert (step.float() > 2 * weights[name].square().mean(1).sqrt()).any()
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1e-7])
+def test_rows_too_small_for_a_step_move_no_other_step(spread):
+    """As in a table whose rarest tokens have decayed."""
+    weights, grids, curvatures = draw_case(1, 0.5)
+    usual = choose_steps(weights, grids, curvatures)
+    weights["tall"][7] *= spread
+    found = choose_steps(weights, grids, curvatures)
+    others = torch.arange(40) != 7
+    torch.testing.assert_close(found["tall"][others], usual["tall"][others], rtol=0.05, atol=0)
+    torch.testing.assert_close(found["small"], usual["small"], rtol=0.05, atol=0)
+
+
 def test_rows_of_zeros_alone_are_no_trouble():
     weights, grids = dict(a=torch.zeros(3, 4)), dict(a=RowGrid(6, 8.0))
     steps = choose_steps(weights, grids, dict(a=Curvature(torch.eye(4), torch.ones(3))))
