@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgolf.errors import DataError
+from loopgolf.errors import DataError, TokenError
 from loopgolf.runtime import write_atomic
 
 SHARD_MAGIC = 20240520
@@ -68,24 +68,27 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_token_count(path),))
     if vocab_size is not None:
         for start in range(0, len(tokens), CHECK_TOKENS):
-            highest = int(tokens[start : start + CHECK_TOKENS].max())
-            if highest >= vocab_size:
-                raise DataError(
-                    f"{path}: token {highest} is outside the vocabulary of {vocab_size}; "
-                    "use the tokenizer that the shard was made with"
-                )
+            check_range(tokens[start : start + CHECK_TOKENS], vocab_size, path)
     return tokens
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Every token id must be below `vocab_size`."""
+    highest = int(tokens.max())
+    if highest >= vocab_size:
+        why = f"token {highest} is outside the vocabulary of {vocab_size}"
+        raise TokenError(f"{path}: {why}; set --vocab_size, or use the tokenizer that the shard was made with")
 
 
 class TokenStream:
     """The shards of one split as one long row of tokens that repeats after its end."""
 
     def __init__(self, folder: str, split: str, vocab_size: int):
+        self.vocab_size = vocab_size
         self.paths = find_shards(folder, split)
         self.shards = [read_shard(path) for path in self.paths]
-        highest = max(int(shard[: 1 << 20].max()) for shard in self.shards)
-        if highest >= vocab_size:
-            raise DataError(f"{folder}: token {highest} is outside the vocabulary of {vocab_size}; set --vocab_size")
+        for path, shard in zip(self.paths, self.shards):
+            check_range(shard[: 1 << 20], vocab_size, path)  # the start of every shard now, the rest as it is read
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.total = int(self.starts[-1])
 
@@ -94,8 +97,10 @@ class TokenStream:
         while count:
             start %= self.total
             index = np.searchsorted(self.starts, start, side="right") - 1
-            pieces.append(self.shards[index][start - self.starts[index] :][:count])
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+            piece = self.shards[index][start - self.starts[index] :][:count]
+            check_range(piece, self.vocab_size, self.paths[index])
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces)
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -211,13 +216,13 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor 
     past = L - T
     # the query heads that share keys are rows of one product
     q = (q * K**-0.5).view(B, T, J, H // J, K).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 3, 1).reshape(B * J, K, L), v.transpose(1, 2).reshape(B * J, L, K)
+    k, v = (t.transpose(1, 2).reshape(B * J, L, K) for t in (k, v))
     out, block = [], 128  # scores of one product stay in the cache
-    for start in range(0, T, block):
+    for start, rows in zip(range(0, T, block), q.split(block, 3)):
         stop = min(start + block, T)
         low, high = max(0, past + start - window + 1), past + stop
-        rows = q[:, :, :, start:stop].reshape(B * J, H // J * (stop - start), K)
-        scores = torch.bmm(rows, k[:, :, low:high]).view(B, J, H // J, stop - start, high - low)
+        rows = rows.reshape(B * J, H // J * (stop - start), K)
+        scores = torch.bmm(rows, k[:, low:high].mT).view(B, J, H // J, stop - start, high - low)
         lag = torch.arange(past + start, past + stop, dtype=torch.int32)[:, None]  # int64 would halve the lanes
         lag = lag - torch.arange(low, high, dtype=torch.int32)
         hidden = (lag < 0) | (lag >= window)
@@ -234,7 +239,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first dimensions of each head. x (B, T, H, K); cos, sin (T, 1, half)."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
 
@@ -274,7 +279,10 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
 
 
 def softcap_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
-    logits = F.linear(x, weight).float()
+    return softcap(F.linear(x, weight).float(), cap)
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
     return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits  # cap * tanh(logits / cap), faster
 
 
@@ -430,8 +438,8 @@ def orthogonalize_ref(
     coefficients: Coefficients = COEFFICIENTS["jordan"],
     advance: Callable[[Tensor, float, float, float], Tensor] = advance_ref,
 ) -> Tensor:
-    """Singular values end between about 0.7 and 1.2. The Frobenius norm bounds the spectral norm, so the iteration
-    starts with singular values of at most 1."""
+    """Singular values end between about 0.7 and 1.2 (jordan), 0.86 and 1.14 (polar_express). The Frobenius norm bounds
+    the spectral norm, so the iteration starts with singular values of at most 1, which both need."""
     x = batch.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -512,9 +520,10 @@ if triton:
 # ==== kernels/rounding.py ====
 """Rounding of a weight matrix to the grid that it is stored on, there and back.
 
-    codes, step = quantize_rows(weight, largest, k)     weight (rows, columns): int8 codes, one fp16 step per row
+    step = find_steps(weight, largest, k, step_bits)    weight (rows, columns): one fp16 step per row
+    codes = quantize_rows(weight, step, largest)        int8
     weight = dequantize_rows(codes, step)
-    round_to_grid(weight, out, largest, k)              both in one, written to `out`
+    round_to_grid(weight, out, largest, k, step_bits)   all in one, written to `out`
 
 The step of a row is k standard deviations over the largest code, without a floor. With fewer `step_bits` than fp16 has,
 the mantissa of a step is so long: rows are a little finer or coarser than others, and their steps take fewer bytes. All
@@ -535,28 +544,41 @@ except ImportError:  # no wheel for this platform: the PyTorch form serves
 STEP_BITS = 10  # the mantissa of fp16
 
 
-def quantize_rows(weight: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> tuple[Tensor, Tensor]:
-    """The spread of a row is taken around zero, as the grid is."""
-    step = (weight.float().square().mean(1).sqrt() * (k / largest)).clamp(max=65504).half()
-    step = shorten_mantissa(step, step_bits)
-    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
-    return codes.round().clamp(-largest, largest).to(torch.int8), step
+def quantize_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:
+    return round_rows(weight, step, largest).to(torch.int8)
 
 
 def dequantize_rows(codes: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step.float()[:, None]
 
 
+def find_steps(weight: Tensor, largest: int, k: float, step_bits: int) -> Tensor:
+    step = (find_spread(weight) * (k / largest)).clamp(max=65504).half()
+    return shorten_mantissa(step, step_bits)
+
+
+def find_spread(weight: Tensor) -> Tensor:
+    """Of each row, around zero, as the grid is."""
+    return weight.float().square().mean(1).sqrt()
+
+
+def round_rows(weight: Tensor, step: Tensor, largest: int) -> Tensor:
+    """Codes, still as floats: to int8 and back would be two passes more."""
+    codes = weight.float() / torch.where(step > 0, step, torch.inf).float()[:, None]
+    return codes.round_().clamp_(-largest, largest)
+
+
 def shorten_mantissa(step: Tensor, bits: int) -> Tensor:
-    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones."""
+    """The nearest fp16 numbers that need only the first bits of the mantissa; of positive ones. Below 6e-5, where fp16
+    has fewer bits itself, a step may become zero, and its row with it."""
     dropped = STEP_BITS - bits
     whole = step.view(torch.int16) + ((1 << dropped) >> 1)
     return (whole >> dropped << dropped).view(torch.float16).clamp(max=65504)
 
 
 def round_to_grid_ref(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
-    codes, step = quantize_rows(weight, largest, k, step_bits)
-    out.copy_(dequantize_rows(codes, step))
+    step = find_steps(weight, largest, k, step_bits)
+    out.copy_(round_rows(weight, step, largest).mul_(step.float()[:, None]))
 
 
 def round_to_grid(weight: Tensor, out: Tensor, largest: int, k: float, step_bits: int = STEP_BITS) -> None:
@@ -628,7 +650,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from loopgolf.coder import decode_matrices, encode_matrices
+from loopgolf.coder import decode_matrices, decode_rows, encode_rows
 from loopgolf.errors import ArtifactError
 from loopgolf.quantize import Format, StoredTensor
 
@@ -639,6 +661,10 @@ DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 20
 MAX_RAW_BYTES = 1 << 30
 STREAMS = (torch.int8, torch.float16)  # what lies in each stream, in the order of the file
+MATRIX_CODECS = {
+    "rans_classes": decode_rows,
+    "rans": decode_matrices,  # of files from before equal rows were stored once, with classes of columns only
+}
 
 
 class Described(NamedTuple):
@@ -717,10 +743,11 @@ def stored_tensors(layout: Layout, dtype: torch.dtype) -> Iterable[tuple[str, St
 def compress(content: bytes, matrices: list[Tensor]) -> tuple[str, bytes]:
     """The codec that makes a stream smallest, and its bytes. zstd-22 takes half a minute for millions of codes and
     loses on them, so there it is only tried where a quick level wins already."""
-    choices = {"rans": encode_matrices(matrices)} if matrices else {}
-    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans"]):
+    choices = {"rans_classes": encode_rows(matrices)} if matrices else {}
+    if not matrices or len(zstandard.compress(content, 3)) < len(choices["rans_classes"]):
         choices["zstd"] = zstandard.compress(content, 22)
     if not matrices:
+        # first bytes are alike, second ones are noise: parameter-golf #1089
         choices["zstd_split"] = zstandard.compress(content[0::2] + content[1::2], 22)
     codec = min(choices, key=lambda name: len(choices[name]))
     return codec, choices[codec]
@@ -780,8 +807,9 @@ def read_header(header: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Str
         raise ArtifactError(f"its header cannot be read ({error.__class__.__name__})") from None
     sizes = [size for stream in streams for size in (stream.bytes, stream.raw_bytes)]
     are_sizes = all(type(size) is int and size >= 0 for size in sizes) and len(streams) == len(STREAMS)
+    have_names = all(isinstance(stream.codec, str) for stream in streams)
     is_known = isinstance(stored, dict) and isinstance(tokenizer, dict) and set(tokenizer) == {"sha256", "vocab"}
-    require(are_sizes and is_known, "its header holds values of another kind")
+    require(are_sizes and have_names and is_known, "its header holds values of another kind")
     return stored, tokenizer, streams
 
 
@@ -806,11 +834,14 @@ def read_streams(
 def decompress(stream: Stream, packed: bytes, shapes: list[tuple[int, ...]]) -> bytes:
     """`shapes`: of the matrices of codes in this stream."""
     try:
-        if stream.codec == "rans" and shapes:
+        if stream.codec in MATRIX_CODECS and shapes:
+            decode = MATRIX_CODECS[stream.codec]
             matrices = [(rows, columns) for rows, columns in shapes]
-            return b"".join(codes.numpy().tobytes() for codes in decode_matrices(packed, matrices))
-        is_sized = stream.codec in ("zstd", "zstd_split") and zstandard.frame_content_size(packed) == stream.raw_bytes
-        require(is_sized, "a stream has an unknown codec or not the size that it promises")
+            return b"".join(codes.numpy().tobytes() for codes in decode(packed, matrices))
+        is_known = stream.codec in ("zstd", "zstd_split")
+        require(is_known, f"a stream has the codec {stream.codec!r}, unknown to this version")
+        is_sized = zstandard.frame_content_size(packed) == stream.raw_bytes
+        require(is_sized, "a stream has not the size that it promises")
         if not stream.raw_bytes:
             return b""
         content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=stream.raw_bytes)
@@ -1079,22 +1110,31 @@ def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte:
 # ==== loopgolf/coder.py ====
 """A lossless entropy coder for the int8 codes of quantized weight matrices: interleaved rANS over many lanes at once.
 
-    data = encode_matrices([codes, ...])                   2-D int8 tensors
-    codes = decode_matrices(data, [(rows, columns), ...])  the same tensors, or ValueError
+    content = encode_rows([codes, ...])                        2-D int8 tensors
+    codes = decode_rows(content, [(rows, columns), ...])       the same tensors, or ValueError
+    codes = decode_matrices(data, [(rows, columns), ...])      of the part `data` alone, which older files are made of
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
-weights), and every class has its own frequency table. All matrices, class after class, column after column, form one
+weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes. Every class has its own
+frequency table. All matrices, class after class, column after column, form one
 row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
 A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
+    content := u32 crc of the labels | u32 label bytes | labels | data
+    labels := LZMA of u8 per matrix: 1 if it is turned in `data`, 0 if not; u16 per row: 0, or a label of equal rows
     data := u32 crc of the rest | u32 side bytes | side | u32 state per lane | u16 words    (little endian)
     side := LZMA of, per matrix: class count, lowest and highest symbol, class of each column, one table per class
+
+Rows of tokens that never occur in training become equal, and are stored once.
 """
 
 import lzma
 import struct
 import zlib
+from collections import Counter
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -1102,15 +1142,76 @@ from torch import Tensor
 TABLE_BITS = 14  # the frequencies of a table sum to 2^14
 LOWEST = 1 << 16  # a state starts at this value in the encoder, so it has to end there in the decoder
 LANE_SYMBOLS = 1 << 14  # per lane: a state costs 3 bytes more than it carries, 0.03% of its symbols
+MOST_LABELS = (1 << 16) - 1
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 
 
-def encode_matrices(matrices: list[Tensor]) -> bytes:
+class Classes(NamedTuple):
+    """Of the columns of a matrix, and the bytes that it takes with them."""
+
+    n_bytes: float
+    side: bytes
+    labels: Tensor
+    roots: Tensor  # (classes, 256)
+
+
+def encode_rows(matrices: list[Tensor]) -> bytes:
     if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
         raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
+    labels = [label_rows(codes) for codes in matrices]
+    by_rows, classified = [], []
+    for codes, label in zip(matrices, labels):
+        kept = codes[find_kept(label)[0]]
+        of_columns, of_rows = classify_columns(kept), classify_columns(kept.T)
+        by_rows.append(of_rows.n_bytes < of_columns.n_bytes)
+        classified.append((kept.T, of_rows) if by_rows[-1] else (kept, of_columns))
+    side = bytes(by_rows) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
+    packed = compress_side(side)
+    return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(classified)
+
+
+def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    checksum, size = struct.unpack("<II", data[:8]) if len(data) >= 8 else (0, 0)
+    packed = data[8 : 8 + size]
+    if not packed or zlib.crc32(packed) != checksum:
+        raise ValueError("labels are truncated or changed")
+    n_rows = [rows for rows, _ in shapes]
+    n_bytes = len(shapes) + 2 * sum(n_rows)
+    content = decompress_side(packed, n_bytes, "labels")
+    if len(content) != n_bytes:
+        raise ValueError("labels are of another number of rows")
+    by_rows = [kind != 0 for kind in content[: len(shapes)]]
+    labels = torch.from_numpy(np.frombuffer(content[len(shapes) :], "<u2").astype(np.int32)).split(n_rows)
+    found = [find_kept(label) for label in labels]
+    kept_shapes = [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)]
+    coded = decode_matrices(
+        data[8 + size :],
+        [(columns, rows) if is_turned else (rows, columns) for (rows, columns), is_turned in zip(kept_shapes, by_rows)],
+    )
+    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, by_rows)]
+    return [codes[places] for codes, (_, places) in zip(kept, found)]
+
+
+def label_rows(codes: Tensor) -> Tensor:
+    """0 for a row unlike all others, else the label of its group of equal rows."""
+    contents = [row.tobytes() for row in codes.numpy()]
+    counts = Counter(contents)
+    repeated = [content for content, count in counts.items() if count > 1][:MOST_LABELS]
+    names = {content: label for label, content in enumerate(repeated, 1)}
+    return torch.tensor([names.get(content, 0) for content in contents])
+
+
+def find_kept(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that are kept, the first of each group and those unlike all others; and for each row its place there."""
+    rows = torch.arange(len(labels))
+    first = torch.full((MOST_LABELS + 1,), len(labels)).scatter_reduce(0, labels.long(), rows, "amin")
+    kept, places = torch.where(labels == 0, rows, first[labels]).unique(return_inverse=True)
+    return kept, places
+
+
+def encode_matrices(matrices: list[tuple[Tensor, Classes]]) -> bytes:
     sides, symbols, tables, sizes = [], [], [], []
-    for codes in matrices:
-        side, labels, roots = classify_columns(codes)
+    for codes, (_, side, labels, roots) in matrices:
         sides.append(side)
         symbols.append((codes.T[labels.argsort(stable=True)].int() + 128).flatten())
         tables.append(build_frequencies(roots))
@@ -1215,12 +1316,8 @@ def compute_roots(counts: Tensor) -> Tensor:
 
 def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Class of each column per matrix, frequencies of all tables, number of symbols of each table."""
-    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
     most = sum(3 + columns + 256 * count_classes(rows, columns) for rows, columns in shapes)
-    try:
-        side = bytearray(reader.decompress(packed, most + 1))
-    except lzma.LZMAError:
-        raise ValueError("tables do not decompress") from None
+    side = decompress_side(packed, most, "tables")
     labels, roots, sizes, at = [], [], [], 0
     for rows, columns in shapes:
         count, low, high = side[at : at + 3] if len(side) >= at + 3 else (0, 0, 0)
@@ -1237,18 +1334,18 @@ def read_side(packed: bytes, shapes: list[tuple[int, int]]) -> tuple[list[Tensor
         labels.append(label)
         roots.append(table)
         sizes.append(label.bincount(minlength=count) * rows)
-    if at != len(side) or not reader.eof or reader.unused_data:
+    if at != len(side):
         raise ValueError("tables do not end where they should")
     return labels, build_frequencies(torch.cat(roots)), torch.cat(sizes)
 
 
-def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
-    """Side information, class of each column and tables: the number of classes that costs the fewest bytes."""
+def classify_columns(codes: Tensor) -> Classes:
+    """The number of classes that costs the fewest bytes."""
     columns, low, high = codes.shape[1], int(codes.min()) + 128, int(codes.max()) + 128
     index = (codes.long() + 128 + 256 * torch.arange(columns)).flatten()
     counts = index.bincount(minlength=256 * columns).view(columns, 256)[:, low : high + 1].double()
     by_size = (counts @ (torch.arange(low, high + 1).double() - 128).square()).argsort(stable=True)
-    best = None
+    best: Classes | None = None
     for n_classes in (1, 2, 4, 8, 16):
         if n_classes > count_classes(*codes.shape):
             break
@@ -1262,10 +1359,10 @@ def classify_columns(codes: Tensor) -> tuple[bytes, Tensor, Tensor]:
         deltas = torch.cat([roots[:, :1], roots.diff(dim=1)], 1)
         side = bytes([len(roots), low, high, *labels.tolist(), *deltas.flatten().tolist()])
         n_bytes = len(compress_side(side)) + float((sums * prices).sum()) / 2048
-        if best is None or n_bytes < best[0]:
-            best = n_bytes, side, labels, F.pad(roots, (low, 255 - high))
+        if best is None or n_bytes < best.n_bytes:
+            best = Classes(n_bytes, side, labels, F.pad(roots, (low, 255 - high)))
     assert best is not None
-    return best[1:]
+    return best
 
 
 def drop_empty(labels: Tensor) -> Tensor:
@@ -1284,6 +1381,162 @@ def price_classes(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def compress_side(side: bytes) -> bytes:
     return lzma.compress(side, lzma.FORMAT_RAW, filters=FILTERS)
+
+
+def decompress_side(packed: bytes, most: int, what: str) -> bytearray:
+    """At most so many bytes: a hostile stream cannot make us allocate more."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
+    try:
+        side = bytearray(reader.decompress(packed, most + 1))
+    except lzma.LZMAError:
+        raise ValueError(f"{what} do not decompress") from None
+    if not reader.eof or reader.unused_data:
+        raise ValueError(f"{what} do not end where they should")
+    return side
+# ==== loopgolf/curvature.py ====
+"""How sensitive the loss is to rounding: the empirical Fisher information of matrices and tables, on training text.
+
+    meter = CurvatureMeter(model)                    hooks on every layer and table
+    meter.watch_head(name, states, logits)           the head is a product with a table
+    loss.backward()                                  of the sum over tokens; as often as there is text
+    curvatures = meter.totals(ctx.sum)               by name of the parameter
+    steps = choose_steps(weights, grids, curvatures)
+
+The information of a matrix has as many numbers as the matrix squared. Two sums of it are kept: over its rows, how much
+an error in a row costs by direction, which steers GPTQ (GuidedQuant, Kim et al. 2025, arXiv:2505.07004); and over its
+columns, how much errors in a row cost at all. A shared block sums over its passes. A table is read one row at a time:
+the row of a frequent token matters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rounding import find_spread
+from loopgolf.layers import Linear, Table
+from loopgolf.quantize import RowGrid
+
+LEAST_CURVATURE = 0.1  # of the mean of a matrix: what is left of a row that the text hardly uses
+
+
+class Curvature(NamedTuple):
+    """An error e in row i raises the loss in proportion to rows[i] * (e @ columns @ e) / columns.trace()."""
+
+    columns: Tensor  # (columns, columns)
+    rows: Tensor  # (rows,)
+
+
+class CurvatureMeter:
+    """Sums what the gradients of backward passes tell."""
+
+    def __init__(self, model: nn.Module):
+        self.sums: dict[str, Curvature] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Linear | Table):
+                rows, columns = module.weight.shape
+                device = module.weight.device
+                total = Curvature(torch.zeros(columns, columns, device=device), torch.zeros(rows, device=device))
+                self.sums[f"{name}.weight"] = total
+                watch = watch_layer if isinstance(module, Linear) else watch_table
+                module.register_forward_hook(functools.partial(watch, total))
+            if isinstance(module, Linear):
+                module.weight.requires_grad_(False)  # only the gradients of outputs are wanted; tables start the graph
+
+    def watch_head(self, name: str, states: Tensor, logits: Tensor) -> None:
+        """`logits`: the products of the states with the rows of a table."""
+        add_product(self.sums[name], states, logits)
+
+    def totals(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Curvature]:
+        """Those of all ranks. What was not used as a layer or table has none: experts are multiplied in groups."""
+        reduced = {name: Curvature(*map(reduce, total)) for name, total in self.sums.items()}
+        return {name: total for name, total in reduced.items() if total.rows.any()}
+
+
+def watch_layer(total: Curvature, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    add_product(total, inputs[0], output)
+
+
+def add_product(total: Curvature, x: Tensor, y: Tensor) -> None:
+    """Of a matrix in y = x @ matrix.T, as soon as the gradient of y is known."""
+    x = x.detach().flatten(0, -2)
+
+    def add(gradient: Tensor) -> None:
+        energy = gradient.flatten(0, -2).float().square()
+        weighted = x.float() * energy.sum(1, keepdim=True).sqrt()
+        total.columns.addmm_(weighted.T, weighted)
+        total.rows.addmv_(energy.T, x.float().square().sum(1))
+
+    y.register_hook(add)
+
+
+def watch_table(total: Curvature, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ids = inputs[0].flatten()
+
+    def add(gradient: Tensor) -> None:
+        gradient = gradient.flatten(0, -2).float()
+        total.columns.addmm_(gradient.T, gradient)
+        total.rows.index_put_((ids,), gradient.square().sum(1), accumulate=True)  # in a fixed order on a GPU, too
+
+    output.register_hook(add)
+
+
+class Rows(NamedTuple):
+    """The rows of a matrix. Their steps stay above `least`, where the largest weight has the largest code, and below
+    `most`, beyond which a row would hardly be more than zeros."""
+
+    columns: int
+    spread: Tensor
+    usual: Tensor  # steps, those of training
+    wanted: Tensor  # steps, up to a factor that all matrices share
+    least: Tensor
+    most: Tensor
+
+    def steps_at(self, scale: float) -> Tensor:
+        return (scale * self.wanted).minimum(self.most).maximum(self.least)
+
+    def count_bits(self, step: Tensor) -> float:
+        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse. A row
+        too small for a step in fp16 has no codes but zero."""
+        ratio = (step / self.spread)[self.usual > 0].double()
+        return self.columns * float((1 + 2 * math.pi * math.e / ratio.square()).log2().sum()) / 2
+
+
+def describe_rows(weight: Tensor, grid: RowGrid, curvature: Curvature) -> Rows:
+    weight = weight.float()
+    spread = find_spread(weight)
+    usual = grid.find_steps(weight).float()
+    return Rows(
+        columns=weight.shape[1],
+        spread=spread,
+        usual=usual,
+        wanted=(curvature.rows + LEAST_CURVATURE * curvature.rows.mean()).div(weight.shape[1]).rsqrt(),
+        least=weight.abs().amax(1) / grid.largest,
+        most=spread.maximum(usual),
+    )
+
+
+def choose_steps(
+    weights: Mapping[str, Tensor], grids: Mapping[str, RowGrid], curvatures: Mapping[str, Curvature]
+) -> dict[str, Tensor]:
+    """The fp16 step of each row at which a bit buys the same everywhere, with as many bits in all as the k's of the
+    grids ask for. Rounding costs curvature * step^2 and saves log2(step) bits per weight, so steps go by 1 /
+    sqrt(curvature)."""
+    all_rows = {name: describe_rows(weights[name], grids[name], curvatures[name]) for name in curvatures}
+    asked = sum(rows.count_bits(rows.usual) for rows in all_rows.values())
+    low, high = 1e-12, 1e12  # curvatures of any loss lie in between
+    while high > 1.0001 * low:
+        scale = math.sqrt(low * high)
+        if sum(rows.count_bits(rows.steps_at(scale)) for rows in all_rows.values()) > asked:
+            low = scale
+        else:
+            high = scale
+    return {name: grids[name].store_steps(rows.steps_at(high)) for name, rows in all_rows.items()}
 # ==== loopgolf/errors.py ====
 """What ends a run before its time: one line for whoever reads it, and an exit code for whatever started it.
 
@@ -1303,6 +1556,10 @@ class ConfigError(Stop):
 
 class DataError(Stop):
     """Data that cannot be used: the file, what is wrong with it and how to fix it."""
+
+
+class TokenError(DataError):
+    """A token that is not in the vocabulary."""
 
 
 class DoesNotFit(Stop):
@@ -1935,11 +2192,12 @@ def parse_pass_set(name: str, text: str, n_passes: int) -> frozenset[int]:
 A format turns a weight into the tensors that lie in the file, and back. Training rounds with the same format, so the
 file holds what was trained. `RowGrid` puts every row of a matrix on a grid of integer codes; `Half` is fp16.
 
-    stored = fmt.quantize(weight)              the tensors that `fmt.layout(shape)` describes
-    stored = fmt.quantize(weight, hessian)     the same grid, other points of it (GPTQ)
+    stored = fmt.quantize(weight)                   the tensors that `fmt.layout(shape)` describes
+    stored = fmt.quantize(weight, hessian)          the same grid, other points of it (GPTQ)
+    stored = fmt.quantize(weight, hessian, step)    another grid as well
     weight = fmt.dequantize(stored)
-    fmt.write_rounded(weight, out)             there and back
-    fmt.expected_bytes(shape)                  in the file, before there are weights
+    fmt.write_rounded(weight, out)                  there and back
+    fmt.expected_bytes(shape)                       in the file, before there are weights
 """
 
 from __future__ import annotations
@@ -1952,7 +2210,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.rounding import STEP_BITS, dequantize_rows, quantize_rows, round_to_grid_ref
+from kernels.rounding import (
+    STEP_BITS,
+    dequantize_rows,
+    find_steps,
+    quantize_rows,
+    round_to_grid_ref,
+    shorten_mantissa,
+)
 
 CODER_SHARE = 0.997  # file bytes over the order-0 entropy of codes: classes of columns bring it below 1
 HALF_BYTES = 1.7  # of an fp16 number in the file, compressed a little
@@ -1986,8 +2251,9 @@ class Format(Protocol):
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         """What lies in the file for a parameter of this shape."""
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
-        """What is stored. `hessian`: the sum of x x^T over the inputs x of a matrix, where it is known."""
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
+        """What is stored. `hessian` (columns, columns): what errors in a row cost by direction, where it is known.
+        `step`: of each row, where the grid is not that of training."""
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         """The weight that the model computes with."""
@@ -2022,10 +2288,19 @@ class RowGrid:
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         return [StoredTensor("", shape, torch.int8), StoredTensor(".step", shape[:1], torch.float16)]
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
+        step = self.find_steps(weight) if step is None else step
         if hessian is not None:
-            return round_with_feedback(weight, hessian, self)
-        return list(quantize_rows(weight, self.largest, self.k, self.step_bits))
+            return [round_with_feedback(weight, step, self.largest, hessian), step]
+        return [quantize_rows(weight, step, self.largest), step]
+
+    def find_steps(self, weight: Tensor) -> Tensor:
+        """The steps of training."""
+        return find_steps(weight, self.largest, self.k, self.step_bits)
+
+    def store_steps(self, step: Tensor) -> Tensor:
+        """Other steps, as they can be stored."""
+        return shorten_mantissa(step.clamp(max=65504).half(), self.step_bits)
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
         codes, step = stored
@@ -2068,7 +2343,7 @@ class Half:
     def layout(self, shape: tuple[int, ...]) -> list[StoredTensor]:
         return [StoredTensor("", shape, torch.float16)]
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> list[Tensor]:
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None, step: Tensor | None = None) -> list[Tensor]:
         return [weight.half()]
 
     def dequantize(self, stored: Sequence[Tensor]) -> Tensor:
@@ -2096,10 +2371,9 @@ def compute_bits(weights: Tensor) -> float:
     return -(shares * shares.log2()).sum().item()
 
 
-def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[Tensor]:
+def round_with_feedback(weight: Tensor, step: Tensor, largest: int, hessian: Tensor) -> Tensor:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error moves the columns that are still open
     so that the outputs change least. Columns go by falling energy."""
-    _, step = quantize_rows(weight, grid.largest, grid.k, grid.step_bits)
     order = hessian.diagonal().argsort(descending=True)
     open_weight = weight.float()[:, order]
     hessian = hessian[order][:, order].float()
@@ -2116,12 +2390,11 @@ def round_with_feedback(weight: Tensor, hessian: Tensor, grid: RowGrid) -> list[
         stop = min(start + 128, len(order))
         errors = torch.zeros_like(open_weight[:, start:stop])
         for i in range(start, stop):
-            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-grid.largest, grid.largest)
+            codes[:, i] = (open_weight[:, i] * inverse_step).round().clamp(-largest, largest)
             errors[:, i - start] = (open_weight[:, i] - codes[:, i] * step.float()) / spread[i, i]
             open_weight[:, i:stop] -= errors[:, i - start, None] * spread[i, i:stop]
         open_weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    codes = torch.zeros_like(codes).index_copy(1, order, codes)
-    return [codes.to(torch.int8), step]
+    return torch.zeros_like(codes).index_copy(1, order, codes).to(torch.int8)
 # ==== loopgolf/recall.py ====
 """Predictions from memory: what came after similar states earlier in the document (a neural cache: Grave, Joulin and
 Usunier 2016, arXiv:1612.04426).
@@ -2179,11 +2452,12 @@ class Recall:
         document = (inputs == self.bos_id).cumsum(0)
         earlier = torch.arange(len(inputs), device=inputs.device) < places[:, None]
         seen = (earlier & (document == document[places][:, None]))[:, :-1]  # nothing is known to follow the last state
-        similar = self.sharpness * (directions[places] @ directions[:-1].T - 1)
-        weights = torch.where(seen, similar.exp(), 0.0)
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        similar = self.sharpness * directions[places] @ directions[:-1].T
+        weights = similar.masked_fill(~seen, -math.inf).softmax(-1)
+        is_known = seen.any(-1)
+        weights = weights.where(is_known[:, None], 0.0)  # a softmax over nothing is not a number
         shares = weights.new_zeros(len(places), vocab_size)
-        return shares.scatter_add_(1, inputs[1:].expand(len(places), -1), weights), seen.any(-1)
+        return shares.scatter_add_(1, inputs[1:].expand(len(places), -1), weights), is_known
 # ==== loopgolf/runtime.py ====
 """One process of a run: its rank, where and in what it computes, its log, its clock, its files, the signals that it
 gets, what its machine needs, and how it ends. The ranks of a run only ever agree through the methods of RunContext.
@@ -2666,7 +2940,7 @@ class WindowScorer:
         lora = self.first_rows_of_lora(rows)
         has_past = self.length > block or self.band < block
         cache = Cache(self.band) if has_past else None
-        memory = self.build_memory() if self.build_memory else None
+        memory = self.start_memory()
         for at in range(0, max(w.stop - 1 - w.start for w in windows), block):
             piece = inputs[:, at : at + block]
             self.forwarded += piece.numel()
@@ -2694,6 +2968,10 @@ class WindowScorer:
                     places=torch.tensor(places).to(device),
                     memory=memory,
                 )
+
+    def start_memory(self) -> Memory | None:
+        """Of a batch of windows, with nothing in it yet."""
+        return self.build_memory() if self.build_memory else None
 
     def first_rows_of_lora(self, rows: int) -> Lora:
         return {
@@ -2914,7 +3192,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 The model computes with its own parameters: on the grid they are stored on, in the compute dtype. What learns are
 float32 master weights. A shared weight is quantized once per step, when it is written to the model, and gradients pass
-straight through.
+straight through. Early in a run the model may have them unrounded.
 
     state = TrainState(MasterWeights(parameters, formats), optimizers, average)
     loss.backward(); state.accumulate()        for every micro batch
@@ -2973,8 +3251,11 @@ class MasterWeights:
         return grad
 
     @torch.no_grad()
-    def write_quantized(self) -> None:
-        """Writes the weights to the model, rounded as they will be stored."""
+    def write(self, is_rounded: bool) -> None:
+        """Writes the weights to the model, rounded as they will be stored or as they are."""
+        if not is_rounded:
+            torch._foreach_copy_(list(self.parameters.values()), list(self.weights.values()))
+            return
         for (form, _, dtype), names in self.alike.items():
             rows = torch.cat([self.weights[name] for name in names])
             rounded = torch.empty_like(rows, dtype=dtype)
@@ -3022,11 +3303,13 @@ class TrainState:
         master: MasterWeights,
         optimizers: dict[str, torch.optim.Optimizer],
         average: WeightAverage | None = None,
+        is_rounded: bool = True,
     ):
         self.master = master
         self.optimizers = optimizers
         self.average = average or WeightAverage()
-        master.write_quantized()
+        self.is_rounded = is_rounded  # what the model computes with
+        master.write(is_rounded)
 
     def accumulate(self) -> None:
         self.master.accumulate()
@@ -3040,8 +3323,8 @@ class TrainState:
         grad.copy_(torch.where(norm.isfinite(), grad * factor, 0.0))
         return norm
 
-    def step(self, lr_scale: float, momentum: float) -> None:
-        """One update of all weights; the gradient is zero again."""
+    def step(self, lr_scale: float, momentum: float, is_rounded: bool = True) -> None:
+        """One update of all weights, which the model then has rounded or not; the gradient is zero again."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_scale
@@ -3049,7 +3332,8 @@ class TrainState:
                     group["momentum"] = momentum
             optimizer.step()
         self.master.flat_grad.zero_()
-        self.master.write_quantized()
+        self.is_rounded = is_rounded
+        self.master.write(is_rounded)
 
     def update_average(self, step: int, progress: float) -> None:
         self.average.update(self.master.weights, step, progress)
@@ -3060,7 +3344,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         average = dict(mean=self.average.mean, count=self.average.count)
-        return dict(weights=self.master.detached(), optimizers=optimizers, average=average)
+        return dict(weights=self.master.detached(), optimizers=optimizers, average=average, is_rounded=self.is_rounded)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -3071,7 +3355,8 @@ class TrainState:
         self.average.mean = state["average"]["mean"]
         self.average.count = state["average"]["count"]
         self.master.flat_grad.zero_()
-        self.master.write_quantized()
+        self.is_rounded = state["is_rounded"]
+        self.master.write(self.is_rounded)
 
 
 def save_checkpoint(path: Path, state: TrainState, position: dict[str, Any]) -> None:
@@ -3115,6 +3400,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -3122,7 +3408,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -3142,11 +3428,21 @@ from torch.utils.checkpoint import checkpoint
 
 from data.shards import TokenStream, WindowOrder, find_shards
 from kernels.attention import attend, build_rotation, rotate
-from kernels.head import head_loss_torch, softcap_logits
+from kernels.head import head_loss_torch, softcap, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, Kept, KeysValues
-from loopgolf.errors import ArtifactError, ConfigError, DataError, DoesNotFit, Interrupted, NonFiniteLoss, Stop
+from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps
+from loopgolf.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    Interrupted,
+    NonFiniteLoss,
+    Stop,
+    TokenError,
+)
 from loopgolf.layers import Adapter, Linear, Norms, Table, rms_norm
 from loopgolf.options import (
     MOST,
@@ -3202,9 +3498,9 @@ class Architecture:
     bptt: int = option(0, "gradients flow through this many last repetitions of the *r group (0 = all)")
     score_depth: int = option(0, "repetitions while scoring (0 = depth)", high=256)
     skips: str = option("unet", "the first half of the passes feeds the second in reverse", choices=("none", "unet"))
-    skip_gates: bool = option(False, "gates per channel blend what the first half left with the stream")
+    skip_gates: bool = option(False, "with skips: gates per channel blend what the first half left with the stream")
     parallel_passes: str = option("none", "passes whose MLP reads what their attention reads: none, all, last4 or 3,5")
-    look_back: int = option(0, "positions before its own whose channels attention reads, each channel weighed", high=64)
+    look_back: int = option(0, "positions before its own that attention reads too, weighed by channel", high=64)
     depth_scale: bool = option(False, "what attention and MLP read shrinks with the root of the pass's number")
     model_dim: int = option(1024, "width of the residual stream", low=2, high=65536)
     inject: str = option("concat", "how ^ mixes the kept stream in: a matrix on both, or", choices=("concat", "add"))
@@ -3213,7 +3509,6 @@ class Architecture:
     embed_norm: bool = option(True, "norm the embeddings")
     pass_scales: bool = option(True, "every pass mixes the embedding in and scales what its block adds, per channel")
     adapter_rank: int = option(0, "rank of an adapter that every pass has before its attention (0 = none)", high=65536)
-    early_reach: int = option(0, "visits of a block before its last one look back so far at most (0 = as the last)")
     windows: str = option("", "reach of each block's attention in turn: L the context, S half of it (empty = L)")
     tied: bool = option(True, "the head is the token embedding")
     mlp: str = option("relu2", "squared ReLU, or a projection gates the hidden layer", choices=("relu2", "swiglu"))
@@ -3264,11 +3559,13 @@ class Size:
     embed_k: float = option(20.0, "the same for the token embedding", low=0.1)
     table_k: float = option(20.0, "the same for the bigram and value tables", low=0.1)
     step_bits: int = option(10, "bits that the mantissa of a row's step keeps: fewer take fewer bytes", high=10)
+    row_steps: str = option("spread", "steps in the file: as in training, or by their cost", choices=("spread", "loss"))
+    qat_start: float = option(0.0, "fraction of the budget before which weights are not rounded", high=1)
     k_scale: float = option(0.0, "coarseness of all grids (0 = the finest that is useful, or as byte_limit needs)")
     calibration_tokens: int = option(131072, "training tokens that steer the rounding if byte_limit binds (0 = plain)")
     export_reserve: float = option(0.01, "fraction of a time budget kept for that; then time decides", high=0.5)
     byte_limit: int = option(16_000_000, "largest code + artifact in bytes (0 = no limit)")
-    code_reserve: int = option(36_000, "bytes that a run sets aside for the code (0 = code does not count)")
+    code_reserve: int = option(38_000, "bytes that a run sets aside for the code (0 = code does not count)")
 
 
 @dataclass(frozen=True)
@@ -3281,8 +3578,7 @@ class Training:
     sample_depth: bool = option(False, "draw r for every step: 1 + Poisson(LogNormal of mean depth), at most max_r")
     optimizer: str = option("muon", "of the matrices, with Adam for the rest; or of everything")
     batch_tokens: int = option(524288, "tokens in one optimizer step, over all ranks", low=1)
-    batches: str = option("", "smaller batches at first, each to a fraction of the budget: 1024:0.1,1536:0.3")
-    contexts: str = option("", "shorter contexts at first, in the same form")
+    contexts: str = option("", "shorter contexts at first, each to a fraction of the budget: 512:0.1,1024:0.3")
     micro_batch: int = option(0, "sequences in one forward pass of a rank; more are accumulated (0 = all)")
     checkpoint_passes: bool = option(False, "keep only the input of every pass and compute it again for the gradient")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
@@ -3291,11 +3587,8 @@ class Training:
     momentum: float = option(0.99, "Muon: momentum", high=1)
     momentum_start: float = option(0.85, "Muon: momentum at the first step", high=1)
     momentum_warmup: float = option(0.084, "fraction of the budget over which the momentum rises", high=1)
-    slow_momentum: float = option(0.0, "Muon: a second, slower momentum that is mixed in (0 = none)", high=0.9999)
-    slow_share: float = option(0.56, "Muon: its share", high=1)
     row_norm: bool = option(False, "Muon: rows of the momentum get one norm before it is orthogonalized")
     newton_schulz: str = option("jordan", "Muon: coefficients of its five iterations")
-    cautious_decay: bool = option(False, "Muon: decay only weights that the update makes smaller, too")
     weight_decay: float = option(0.04, "decay of matrices and tables, times the learning rate")
     beta1: float = option(0.9, "Adam: memory of the gradient", high=0.9999)
     beta2: float = option(0.95, "Adam: memory of the squared gradient", high=0.9999)
@@ -3312,7 +3605,7 @@ class Training:
 class Run:
     """The run and its machine."""
 
-    recipe: str = option("4b7l", "named set of settings that the other options change")
+    recipe: str = option("4b7l", "named set of settings that the others change; golf with a GPU, else pocket, or")
     seed: int = option(1337, "seed of the initial weights", low=-MOST)
     data_path: str = option("data/fineweb_sp1024", "dataset folder: *_train_*.bin, *_val_*.bin, tokenizer.model")
     tokenizer_path: str = option("", "SentencePiece model (empty = tokenizer.model in data_path)")
@@ -3361,9 +3654,14 @@ class Config(Run, Size, Training, Stored):
             self.require("moe_top", self.moe_top <= self.moe_experts, f"must be at most moe_experts={self.moe_experts}")
             self.require("moe_hidden", self.moe_hidden % 8 == 0, "must be divisible by 8")
         for batch_tokens, seq_len in list_shapes(self):
-            has_whole_sequences = batch_tokens % seq_len == 0
-            self.require("batch_tokens", has_whole_sequences, f"{batch_tokens} is not divisible by seq_len={seq_len}")
-            self.require("contexts", seq_len <= self.seq_len, f"must be at most seq_len={self.seq_len}")
+            self.require("contexts", 2 <= seq_len <= self.seq_len, f"must be between 2 and seq_len={self.seq_len}")
+            name = "batch_tokens" if seq_len == self.seq_len else "contexts"
+            is_whole = batch_tokens % seq_len == 0
+            self.require(name, is_whole, f"{batch_tokens} tokens are no whole sequences of seq_len={seq_len}")
+        self.require("head_gate", self.head_gate <= self.model_dim, f"must be at most model_dim={self.model_dim}")
+        reach = self.band or self.seq_len
+        self.require("look_back", self.look_back <= reach, f"must be at most {reach}, what attention sees")
+        self.require("mlp_slope", self.mlp == "relu2" or not self.mlp_slope, "needs --mlp relu2")
         self.require("rope_dims", self.rope_dims % 2 == 0, "must be even")
         fits_head = self.rope_dims <= self.head_width
         self.require("rope_dims", fits_head, f"must be at most {self.head_width}, the width of a head")
@@ -3371,6 +3669,11 @@ class Config(Run, Size, Training, Stored):
             self.require(name, getattr(self, name) <= self.seq_len, f"must be at most seq_len={self.seq_len}")
         self.require("bos_id", self.bos_id < self.vocab_size, f"must be below vocab_size={self.vocab_size}")
         self.require("windows", set(self.windows) <= set("LS"), "is made of the letters L and S")
+        if self.row_steps == "loss":
+            self.require(
+                "row_steps", self.qat_start == 1, "training rounds to others; add --qat_start 1, or take spread"
+            )
+            self.require("row_steps", self.calibration_tokens > 0, "needs --calibration_tokens, or take spread")
 
     def check_plan(self) -> None:
         plan = parse_plan(self.plan)
@@ -3423,11 +3726,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "4b7l": {},
     "pocket": dict(
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
-        plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=3.0,
-        parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=16,
+        plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=4.0,
+        parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=32,
         doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
-        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3,
-        matrix_lr=0.03, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, row_steps="loss",
+        qat_start=1.0,
+        matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
@@ -3438,10 +3742,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         # our entry for the challenge: two blocks, a core of three that runs three times, two blocks, at the width that
         # fills 16 MB. Not trained at this size yet; records/studies/2026-11-30_Golf has what its parts are worth
         plan="ab(cde)*3fg", loop_start=0.35, model_dim=640, num_heads=10, num_kv_heads=5, mlp_mult=4.0, mlp_slope=0.5,
-        q_gain=5.0, parallel_passes="all", look_back=3, early_reach=512, skip_gates=True, head_gate=12,
+        q_gain=5.0, parallel_passes="all", look_back=3, skip_gates=True, head_gate=12,
         depth_scale=True, ve_passes="none", bigram_buckets=0, doc_attention=True, vocab_size=8192,
         data_path="data/fineweb_sp8192",
-        embed_bits=7, embed_k=15.0, step_bits=3, seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
+        # contexts that grow: parameter-golf #2014; loops from .35 on: #1420
+        # rounded by GPTQ after training only, as in parameter-golf #1394 and after
+        embed_bits=7, embed_k=15.0, step_bits=3, row_steps="loss", qat_start=1.0,
+        seq_len=3072, contexts="1024:0.3", batch_tokens=786432,
         matrix_lr=0.024, momentum=0.97, weight_decay=0.09, beta2=0.99, warmdown=0.8, final_lr=0.1,
         newton_schulz="polar_express", row_norm=True,
         average="ema", average_start=0.5, average_every=1, ema_decay=0.9965,
@@ -3564,7 +3871,7 @@ def settings_of_file(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     stored = asdict(config_from_stored(load_artifact(path).stored))
     base = settings_of_recipe(given["recipe"]) if "recipe" in given else {}
     base |= {f.name: stored[f.name] for f in fields(Stored)}
-    base["batch_tokens"] = given.get("seq_len", stored["seq_len"])
+    base |= dict(batch_tokens=given.get("seq_len", stored["seq_len"]), contexts="")
     started = path.with_name("config.json")
     if started.is_file():
         config = load_started_config(path.parent, {})
@@ -3683,6 +3990,7 @@ class Settings:
     depth: Depth
     batch_tokens: int
     seq_len: int
+    is_rounded: bool = True  # the weights after the step
 
 
 def settings_at(config: Config, progress: float, step: int) -> Settings:
@@ -3692,25 +4000,26 @@ def settings_at(config: Config, progress: float, step: int) -> Settings:
         lr_scale=config.final_lr + (1.0 - config.final_lr) * left,
         momentum=config.momentum_start + (config.momentum - config.momentum_start) * risen,
         depth=ONCE if progress < config.loop_start else draw_depth(config, step),
-        batch_tokens=value_at(progress, parse_stages("batches", config.batches), config.batch_tokens),
-        seq_len=value_at(progress, parse_stages("contexts", config.contexts), config.seq_len),
+        batch_tokens=config.batch_tokens,
+        seq_len=context_at(config, progress),
+        is_rounded=progress >= config.qat_start,
     )
 
 
-def parse_stages(name: str, text: str) -> list[tuple[int, float]]:
-    """`1024:0.1,1536:0.3`: values and the fractions of the budget to which they hold."""
+def parse_contexts(text: str) -> list[tuple[int, float]]:
+    """`512:0.1,1024:0.3`: contexts and the fractions of the budget to which they hold."""
     try:
-        stages = [(int(value), float(end)) for value, end in (part.split(":") for part in text.split(",") if text)]
+        stages = [(int(length), float(end)) for length, end in (part.split(":") for part in text.split(",") if text)]
     except ValueError:
-        raise ConfigError(f"{name}={text}: has the form 1024:0.1,1536:0.3, a value and where it ends") from None
+        raise ConfigError(f"contexts={text}: has the form 512:0.1,1024:0.3, a context and where it ends") from None
     ends = [end for _, end in stages]
-    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends) or any(value < 1 for value, _ in stages):
-        raise ConfigError(f"{name}={text}: values are above 0, their ends rise between 0 and 1")
+    if ends != sorted(set(ends)) or not all(0 < end < 1 for end in ends):
+        raise ConfigError(f"contexts={text}: their ends rise between 0 and 1")
     return stages
 
 
-def value_at(progress: float, stages: list[tuple[int, float]], last: int) -> int:
-    return next((value for value, end in stages if progress <= end), last)
+def context_at(config: Config, progress: float) -> int:
+    return next((length for length, end in parse_contexts(config.contexts) if progress <= end), config.seq_len)
 
 
 def draw_depth(config: Config, step: int) -> Depth:
@@ -3736,19 +4045,36 @@ def expect_repetitions(config: Config, most: float = math.inf) -> float:
 
 
 def list_depths(config: Config, compile_mode: str) -> list[Depth]:
-    """One of each kind of forward that a run compiles: whole graphs are made for every depth, blocks for one."""
+    """Of each kind of forward with loops that is compiled: whole graphs are made for every depth, blocks for one."""
     depths = [Depth(config.depth)]
     if config.sample_depth and compile_mode == "full":
         depths = [Depth(r) for r in range(1, config.table_repetitions + 1)]
     elif config.sample_depth:
         depths = [Depth(1), Depth(config.table_repetitions)]
-    return [ONCE, *depths] if config.loop_start else depths
+    return depths
+
+
+def list_phases(config: Config) -> list[float]:
+    """A moment of each part of the budget in which batch, context and loops stay as they are."""
+    ends = sorted({0.0, config.loop_start, *(end for _, end in parse_contexts(config.contexts)), 1.0})
+    return [*((start + end) / 2 for start, end in itertools.pairwise(ends)), 1.0]
 
 
 def list_shapes(config: Config) -> list[tuple[int, int]]:
     """Each batch and context (batch_tokens, seq_len) that a run has."""
-    over_run = [settings_at(config, hundredth / 100, 0) for hundredth in range(101)]
+    over_run = [settings_at(config, progress, 0) for progress in list_phases(config)]
     return list(dict.fromkeys((s.batch_tokens, s.seq_len) for s in over_run))
+
+
+def list_forwards(config: Config, compile_mode: str) -> list[Settings]:
+    """One of each kind of step that a run compiles."""
+    forwards: dict[tuple[int, int, Depth], Settings] = {}
+    for progress in list_phases(config):
+        settings = settings_at(config, progress, 0)
+        for depth in [ONCE] if progress < config.loop_start else list_depths(config, compile_mode):
+            key = (settings.batch_tokens, settings.seq_len, depth)
+            forwards.setdefault(key, replace(settings, depth=depth))
+    return list(forwards.values())
 
 
 class Budget:
@@ -3789,15 +4115,15 @@ class Budget:
 class PassRow(NamedTuple):
     """What one pass has of its own; None where it has nothing."""
 
-    mix: Tensor | None  # (2, D): of the stream and of the embedding
-    scale: Tensor | None  # (2, D): of what attention and MLP add
-    adapter: Tensor | None  # (2, D, R)
-    loop: Tensor | None  # (D,): what a mixture of experts knows of the visit
-    value: Tensor | None  # (B, T, kv heads * K): added to the values
-    is_xsa: bool
+    mix: Tensor | None = None  # (2, D): of the stream and of the embedding
+    scale: Tensor | None = None  # (2, D): of what attention and MLP add
+    adapter: Tensor | None = None  # (2, D, R)
+    value: Tensor | None = None  # (B, T, kv heads * K): the tokens' value embeddings, added to the values
+    value_scale: Tensor | None = None  # (): of what is added
+    is_xsa: bool = False
     is_parallel: bool = False  # the MLP reads what attention reads
     depth_scale: Tensor | None = None  # (): of what both read
-    reach: int = MOST  # positions that attention looks back at most
+    loop: Tensor | None = None  # (D,): what a mixture of experts knows of the visit
     back: Tensor | None = None  # (n, D): weights of what was read at the n positions before
     past: Kept | None = None  # of earlier positions
     keeps: bool = False  # all keys and values are returned
@@ -3819,10 +4145,10 @@ class PassTable(DeclaringModule):
     def __init__(self, config: Config, n_slots: int):
         super().__init__()
         P, D = n_slots, config.model_dim
+        self.n_slots = n_slots
         self.xsa = parse_pass_set("xsa_passes", config.xsa_passes, P)
         self.parallel = parse_pass_set("parallel_passes", config.parallel_passes, P)
-        value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
-        self.value_rows = {slot: index for index, slot in enumerate(value_slots)}
+        self.value_slots = sorted(parse_pass_set("ve_passes", config.ve_passes, P))
         # mix of the embedding and scales per channel: modded-nanogpt's x0 lambdas, in the challenge's baseline
         stream_only = start_stacked(start_at(1.0), start_at(0.0))
         no_op = start_stacked(start_normal(0.01), start_at(0.0))
@@ -3835,39 +4161,47 @@ class PassTable(DeclaringModule):
         self.declare("skip_gates", (P // 2, D), vector(start_at(0.0)), when=has_skips and config.skip_gates)
         # Canon layers: arXiv:2512.17351
         self.declare("backs", (P, config.look_back, D), vector(start_at(0.0)), when=config.look_back > 0)
-        self.declare("value_scales", (len(value_slots),), vector(start_at(1.0)), when=bool(value_slots))
+        n_values = len(self.value_slots)
+        self.declare("value_scales", (n_values,), vector(start_at(1.0)), when=n_values > 0)
         # parameter-golf #315
         depth_scales = torch.arange(1, P + 1).rsqrt() if config.depth_scale else None
         self.register_buffer("depth_scales", depth_scales, persistent=False)
 
-    def row(self, slot: int, value: Tensor | None, loop: Tensor | None) -> PassRow:
-        """`value`: the value embedding (B, T, kv heads * K), which some passes add."""
-        mix = None if self.mixes is None else self.mixes[slot]
-        scale = None if self.scales is None else self.scales[slot]
-        adapter = None if self.adapters is None else self.adapters[slot]
-        scaled_value = None
-        if slot in self.value_rows and value is not None and self.value_scales is not None:
-            scaled_value = self.value_scales[self.value_rows[slot]].to(value.dtype) * value
-        depth_scale = None if self.depth_scales is None else self.depth_scales[slot]
-        return PassRow(
-            mix=mix,
-            scale=scale,
-            adapter=adapter,
-            loop=loop,
-            value=scaled_value,
-            is_xsa=slot in self.xsa,
-            is_parallel=slot in self.parallel,
-            depth_scale=depth_scale,
-            back=None if self.backs is None else self.backs[slot],
-        )
+    def rows(self, value: Tensor | None) -> list[PassRow]:
+        """The row of every slot. `value`: the value embeddings, which some passes add."""
+        value_scales = dict(zip(self.value_slots, list_rows(self.value_scales, len(self.value_slots))))
+        columns = [list_rows(table, self.n_slots) for table in (self.mixes, self.scales, self.adapters, self.backs)]
+        return [
+            PassRow(
+                mix=mix,
+                scale=scale,
+                adapter=adapter,
+                back=back,
+                value=value if slot in value_scales else None,
+                value_scale=value_scales.get(slot),
+                is_xsa=slot in self.xsa,
+                is_parallel=slot in self.parallel,
+                depth_scale=None if self.depth_scales is None else self.depth_scales[slot],
+            )
+            for slot, (mix, scale, adapter, back) in enumerate(zip(*columns))
+        ]
 
-    def join(self, index: int, x: Tensor, left: Tensor) -> Tensor:
-        """The stream and what pass `index` left for its mirror image in the second half."""
-        assert self.skips is not None
-        left = self.skips[index].to(x.dtype) * left
-        if self.skip_gates is None:
-            return x + left
-        return torch.lerp(left, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+    def joints(self) -> list[tuple[Tensor, Tensor | None]]:
+        """How each pass of the first half joins its mirror image: the scale and the gate of what it left."""
+        if self.skips is None:
+            return []
+        return list(zip(self.skips.unbind(), list_rows(self.skip_gates, len(self.skips))))
+
+
+def list_rows(table: Tensor | None, n: int) -> Sequence[Tensor | None]:
+    """All rows at once: their gradients are stacked once, not added up row by row."""
+    return [None] * n if table is None else table.unbind()
+
+
+def join(x: Tensor, left: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
+    """The stream and what a pass left for its mirror image in the second half."""
+    left = scale.to(x.dtype) * left
+    return x + left if gate is None else torch.lerp(left, x, torch.sigmoid(gate).to(x.dtype))
 
 
 class Stream(NamedTuple):
@@ -3888,9 +4222,17 @@ def look_back(x: Tensor, weights: Tensor, past: Kept | None, docs: Tensor) -> tu
     line = torch.cat((x.new_zeros(B, n, D) if earlier is None else earlier, x), 1)
     docs = F.pad(docs, (n, 0), value=-1)[:, -T - n :]  # of no document
     for lag in range(1, n + 1):
-        is_same = docs[:, n:] == docs[:, n - lag : -lag]
-        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, n - lag : -lag], 0)
-    return x, line[:, -n:]
+        before = slice(n - lag, n - lag + T)  # the positions that are `lag` earlier
+        is_same = docs[:, n:] == docs[:, before]
+        x = x + weights[lag - 1].to(x.dtype) * torch.where(is_same[..., None], line[:, before], 0)
+    return x, line[:, -n:].clone()  # a view would keep the whole line
+
+
+def smear(x: Tensor, gate: Tensor, is_start: Tensor) -> Tensor:
+    """(B, 1 + T, D) to (B, T, D): each embedding is mixed with the one before it, unless it starts a document
+    (modded-nanogpt; parameter-golf #65)."""
+    gate = torch.sigmoid(gate).to(x.dtype)
+    return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[..., None], 0, x[:, :-1])
 
 
 class Attention(DeclaringModule):
@@ -3924,7 +4266,7 @@ class Attention(DeclaringModule):
         if self.q_gain is not None:
             q = q * self.q_gain.to(q.dtype)[:, None]
         docs = stream.docs if self.stays_in_document else None
-        y = attend(q, k, v, min(stream.window, self.reach, row.reach), docs)
+        y = attend(q, k, v, min(stream.window, self.reach), docs)
         if row.is_xsa:
             y = self.exclude_own_value(y, own_value)
         if self.gate is not None:
@@ -3935,7 +4277,8 @@ class Attention(DeclaringModule):
         """Queries (B, T, H, K), keys and values of all positions in sight, (B, L, kv heads, K) each."""
         q, k, v = self.qkv(x, row.lora.get("qkv")).split(self.qkv.parts, -1)
         if row.value is not None:
-            v = v + row.value
+            assert row.value_scale is not None
+            v = v + row.value_scale.to(v.dtype) * row.value
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
@@ -4005,7 +4348,8 @@ class Block(DeclaringModule):
         if row.adapter is not None:
             down, up = row.adapter.to(x.dtype)
             x = x + x @ down @ up.T
-        seen, last_seen = self.read(x, "attention", row), None
+        last_seen = None
+        seen = self.read(x, "attention", row)
         if row.back is not None and stream.docs is not None:
             seen, last_seen = look_back(seen, row.back, row.past, stream.docs)
         y, keys_values = self.attention(seen, row, stream)
@@ -4014,7 +4358,8 @@ class Block(DeclaringModule):
             x = self.norms(x, "attention_out")
         if not row.is_parallel:  # parameter-golf #1412
             seen = self.read(x, "mlp", row)
-        y, losses = self.mlp(seen, row.lora), None
+        losses = None
+        y = self.mlp(seen, row.lora)
         if self.moe is not None:
             seen = seen if row.is_parallel else self.read(x, "moe", row)
             y, losses = self.moe.add_to(y, seen, row.loop)
@@ -4054,6 +4399,17 @@ def build_mixture(config: Config, grid: str, dtype: torch.dtype, visits: int) ->
     return moe.MoE(config.model_dim, shape, visits, grid, dtype)
 
 
+class Parts(NamedTuple):
+    """What is compiled by itself in mode "block"."""
+
+    block: Callable[..., Any]
+    join: Callable[..., Tensor]
+    smear: Callable[..., Tensor]
+
+
+PLAIN_PARTS = Parts(Block.forward, join, smear)
+
+
 class LoopedGPT(DeclaringModule):
     """Token, bigram and value embeddings, shared blocks applied as the plan says, a head."""
 
@@ -4076,7 +4432,7 @@ class LoopedGPT(DeclaringModule):
         if config.bigram_buckets:  # parameter-golf #162
             self.bigram = Table(config.bigram_buckets, config.bigram_dim, dtype, "table", start_normal(0.01))
             self.bigram_out = Linear(config.bigram_dim, (D,), dtype, "edge", start_at(0.0))
-        if self.passes.value_rows:  # parameter-golf #374
+        if self.passes.value_slots:  # parameter-golf #374
             start = start_orthogonal((kv_dim,), 1 / math.sqrt(2 * len(owners)))
             self.value = Table(V, config.ve_dim, dtype, "table", start_normal(0.01))
             self.value_out = Linear(config.ve_dim, (kv_dim,), dtype, "edge", start)
@@ -4092,7 +4448,7 @@ class LoopedGPT(DeclaringModule):
         self.norms = Norms(names, D, config.norm_weights)
         # the embeddings stay out of "block": compiled, their gradient is summed by two threads in no fixed order
         self.run_trunk = compile_in(("full",), compile_mode, LoopedGPT.trunk)
-        self.run_block = compile_in(("block",), compile_mode, Block.forward)
+        self.parts = Parts(*(compile_in(("block",), compile_mode, part) for part in PLAIN_PARTS))
         self.run_loss = compile_in(("block", "full"), compile_mode, head_loss_torch)
 
     def reach_of(self, block: int) -> int:
@@ -4128,6 +4484,10 @@ class LoopedGPT(DeclaringModule):
         return softcap_logits(states, self.head, self.config.softcap)
 
     @property
+    def head_name(self) -> str:
+        return "embed.weight" if self.unembed is None else "unembed.weight"
+
+    @property
     def head(self) -> Tensor:
         return (self.embed if self.unembed is None else self.unembed).weight
 
@@ -4149,13 +4509,16 @@ class LoopedGPT(DeclaringModule):
         passes = self.plan.passes(depth, self.config.table_repetitions)
         slots = cache.slots(self.plan, depth) if cache else []
         n_skips = len(passes) // 2 if self.config.skips == "unet" else 0
-        stream = self.enter(tokens, cache)
+        parts = self.parts if on_pass is None else PLAIN_PARTS
+        stream = self.enter(tokens, cache, parts)
         x = stream.x0.clone()  # one tensor under two names would be a graph of its own to the compiler
-        value = self.value_out(self.value(tokens)) if self.passes.value_rows else None
-        run_block = self.choose_block_runner(on_pass)
+        rows = self.passes.rows(self.value_out(self.value(tokens)) if self.passes.value_slots else None)
+        joints = self.passes.joints()
+        run_block = parts.block
+        if self.config.checkpoint_passes:
+            run_block = functools.partial(checkpoint, parts.block, use_reentrant=False)
         entered: dict[int, Tensor] = {}  # stream that entered a group with ^
-        pushed: list[Tensor] = []  # streams of the first half, for the second
-        blocks = [p.block for p in passes]
+        pushed: list[Tensor] = []  # streams of the first half of the passes that run, popped by the second
         routing: list[Tensor] = []
         for index, p in enumerate(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns(p)):
@@ -4163,14 +4526,12 @@ class LoopedGPT(DeclaringModule):
                     entered[group] = x
                 for group in p.inject:
                     x = self.mix_in(group, entered[group], x)
-                if n_skips <= index < 2 * n_skips:
-                    mirror = 2 * n_skips - 1 - index
-                    x = self.passes.join(mirror, x, pushed[mirror])
+                if index >= n_skips and pushed:
+                    left = pushed.pop()
+                    x = parts.join(x, left, *joints[len(pushed)])
                 name = self.plan.names[p.block]
                 block = self.block(name)
-                row = self.passes.row(p.slot, value, block.loop_row(p.visit))._replace(lora=lora.get(name, {}))
-                if p.block in blocks[index + 1 :]:
-                    row = row._replace(reach=self.config.early_reach or MOST)
+                row = rows[p.slot]._replace(loop=block.loop_row(p.visit), lora=lora.get(name, {}))
                 if cache:
                     is_last_of_slot = slots[index] not in slots[index + 1 :]
                     row = row._replace(past=cache.kept.get(slots[index]), keeps=is_last_of_slot)
@@ -4189,12 +4550,6 @@ class LoopedGPT(DeclaringModule):
             cache.tokens = self.seen_tokens(tokens, cache)[:, -cache.window - 1 :]
         return self.norms(x, "final"), routing
 
-    def choose_block_runner(self, on_pass: OnPass | None) -> Callable[..., Any]:
-        run_block = self.run_block if on_pass is None else Block.forward
-        if self.config.checkpoint_passes:
-            return functools.partial(checkpoint, run_block, use_reentrant=False)
-        return run_block
-
     def learns(self, p: Pass) -> bool:
         """Whether the gradient reaches a pass: it ends some repetitions of the *r group before the last."""
         return self.config.bptt == 0 or p.repetitions_left is None or p.repetitions_left < self.config.bptt
@@ -4211,7 +4566,7 @@ class LoopedGPT(DeclaringModule):
             return torch.cat((cache.tokens, tokens), 1)
         return torch.cat((tokens.new_full((len(tokens), 2), self.config.bos_id), tokens), 1)
 
-    def enter(self, tokens: Tensor, cache: Cache | None) -> Stream:
+    def enter(self, tokens: Tensor, cache: Cache | None, parts: Parts) -> Stream:
         T = tokens.shape[1]
         past = cache.length if cache else 0
         seen = self.seen_tokens(tokens, cache)
@@ -4220,9 +4575,9 @@ class LoopedGPT(DeclaringModule):
             docs = (seen[:, -past - T :] == self.config.bos_id).cumsum(1, dtype=torch.int32)
         cos, sin = build_rotation(past + T, self.config.rope_dims, self.config.rope_base, self.embed.weight)
         window = cache.window if cache else self.config.seq_len
-        return Stream(self.embed_tokens(seen[:, -T - 2 :]), cos, sin, window, docs)
+        return Stream(self.embed_tokens(seen[:, -T - 2 :], parts), cos, sin, window, docs)
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor, parts: Parts = PLAIN_PARTS) -> Tensor:
         """(B, 2 + T) tokens to (B, T, D): two are only looked back on. Nothing passes a BOS from left to right."""
         config = self.config
         is_start = tokens[:, 1:] == config.bos_id
@@ -4232,11 +4587,7 @@ class LoopedGPT(DeclaringModule):
             x = x + self.bigram_out(self.bigram((92821 * previous + tokens[:, 1:]) % config.bigram_buckets))
         if config.embed_norm:
             x = self.norms(x, "embed")
-        if self.smear_gate is None:
-            return x[:, 1:]
-        # smear: modded-nanogpt; parameter-golf #65
-        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
-        return (1 - gate) * x[:, 1:] + gate * torch.where(is_start[:, 1:, None], 0, x[:, :-1])
+        return x[:, 1:] if self.smear_gate is None else parts.smear(x, self.smear_gate, is_start[:, 1:])
 
     def linears(self) -> dict[str, dict[str, Linear]]:
         return {name: self.block(name).linears() for name in self.plan.names}
@@ -4276,14 +4627,12 @@ def compute_flops(config: Config, mean_r: float, mean_learned_r: float | None = 
     weighed_r = learned_r + (mean_r - learned_r) / 3
     outside = sum(module.weight.numel() for module in model.children() if isinstance(module, Linear))
     total = 6.0 * (outside + model.head.numel())
-    owners = model.plan.slot_owners(config.table_repetitions)
     for p in model.plan.passes(Depth(1), config.table_repetitions):
         block = model.block(model.plan.names[p.block])
         weights = block.active_weights() + 2 * D * config.adapter_rank
         if config.inject == "concat":
             weights += 2 * D * D * len(p.inject)
-        is_last_visit = p.visit == owners.count(p.block) - 1
-        reach = min(T, block.attention.reach, MOST if is_last_visit else (config.early_reach or MOST))
+        reach = min(T, block.attention.reach)
         keys = reach - reach**2 / (2 * T)  # that a query sees on average
         times = 1.0 if p.repetitions_left is None else weighed_r
         total += times * (6 * weights + 12 * config.num_heads * config.head_width * keys)
@@ -4302,19 +4651,7 @@ class MuonRule:
     """What becomes of the gradients of a matrix."""
 
     coefficients: Coefficients
-    slow_momentum: float
-    slow_share: float
     row_norm: bool
-    cautious_decay: bool
-
-
-class MuonMove(NamedTuple):
-    """A projection and what it moves by."""
-
-    weight: Tensor
-    momentum: Tensor
-    lr: float
-    decay: float
 
 
 class Muon(torch.optim.Optimizer):
@@ -4328,12 +4665,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        by_shape: dict[torch.Size, list[MuonMove]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
             moves = self.advance_momentum(group["params"], group["momentum"])
-            decay = group["lr"] * group["weight_decay"]
-            if not self.rule.cautious_decay:
-                torch._foreach_mul_(group["params"], 1 - decay)
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
             for weight, move, parts in zip(group["params"], moves, group["parts"]):
                 for target, piece in zip(weight.split(parts), move.split(parts)):
                     if self.rule.row_norm:  # parameter-golf #1217
@@ -4341,38 +4676,23 @@ class Muon(torch.optim.Optimizer):
                     gain = max(1, len(piece) / piece.shape[1]) ** 0.5
                     if gain > 1:  # a tall matrix is the same problem as a wide one: larger batches, fewer idle ranks
                         target, piece = target.mT, piece.mT
-                    move_of_part = MuonMove(target, piece, group["lr"] * gain, decay)
-                    by_shape.setdefault(piece.shape, []).append(move_of_part)
+                    by_shape.setdefault(piece.shape, []).append((target, piece, -group["lr"] * gain))
         for rows in by_shape.values():
-            updates = self.orthogonalize_shared(torch.stack([row.momentum for row in rows]))
-            for row, update in zip(rows, updates):
-                if self.rule.cautious_decay:  # arXiv:2510.12402; modded-nanogpt, record 43
-                    row.weight.mul_(torch.where(update * row.weight > 0, 1 - row.decay, 1.0))
-                row.weight.add_(update, alpha=-row.lr)
+            updates = self.orthogonalize_shared(torch.stack([piece for _, piece, _ in rows]))
+            for (target, _, factor), update in zip(rows, updates):
+                target.add_(update, alpha=factor)
 
     def advance_momentum(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         """Nesterov's updates."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        means = [self.state[weight]["momentum"] for weight in weights]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         assert len(grads) == len(weights)
-        means = self.advance_mean("momentum", weights, grads, momentum)
-        if not self.rule.slow_momentum:
-            return torch._foreach_add(grads, means, alpha=momentum)
-        # two memories of one gradient, both as means: modded-nanogpt #340
-        slow = self.advance_mean("slow_momentum", weights, grads, self.rule.slow_momentum)
-        fast_share = (1 - self.rule.slow_share) * (1 - momentum)
-        slow_share = self.rule.slow_share * (1 - self.rule.slow_momentum)
-        mixed = torch._foreach_add(torch._foreach_mul(means, fast_share), slow, alpha=slow_share)
-        return torch._foreach_add(torch._foreach_mul(mixed, momentum), grads, alpha=1 - momentum)
-
-    def advance_mean(self, name: str, weights: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
-        """Sums of gradients, each remembered for 1 / (1 - memory) steps."""
-        for weight in weights:
-            if name not in self.state[weight]:
-                self.state[weight][name] = torch.zeros_like(weight)
-        sums = [self.state[weight][name] for weight in weights]
-        torch._foreach_mul_(sums, memory)
-        torch._foreach_add_(sums, grads)
-        return sums
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, grads)
+        return torch._foreach_add(grads, means, alpha=momentum)
 
     def orthogonalize_shared(self, batch: Tensor) -> Tensor:
         ctx, n = self.ctx, len(batch)
@@ -4408,13 +4728,7 @@ Groups = dict[str, list[dict[str, Any]]]  # torch's parameter groups by declared
 def build_muon(groups: Groups, config: Config, ctx: RunContext) -> dict[str, torch.optim.Optimizer]:
     others = [*groups["table"], *groups["vector"]]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-    rule = MuonRule(
-        coefficients=COEFFICIENTS[config.newton_schulz],
-        slow_momentum=config.slow_momentum,
-        slow_share=config.slow_share,
-        row_norm=config.row_norm,
-        cautious_decay=config.cautious_decay,
-    )
+    rule = MuonRule(COEFFICIENTS[config.newton_schulz], config.row_norm)
     return {"muon": Muon(groups["matrix"], rule, ctx), "adam": adam}
 
 
@@ -4481,7 +4795,7 @@ class Trained:
     """What training hands on: averaged weights, what steers their rounding, and what it took."""
 
     averaged: dict[str, Tensor]
-    hessians: dict[str, Tensor]
+    curvatures: dict[str, Curvature]
     k_scale: float
     position: Position
 
@@ -4512,7 +4826,7 @@ def train_step(
     n_micro = len(inputs) // size
     norm = state.reduce(ctx.sum, 1 / (n_micro * ctx.world), model.config.grad_clip)
     end_part("communication")
-    state.step(settings.lr_scale, settings.momentum)
+    state.step(settings.lr_scale, settings.momentum, settings.is_rounded)
     end_part("optimizer")
     return torch.where(norm.isfinite(), total / n_micro, torch.nan)
 
@@ -4521,7 +4835,7 @@ def build_state(config: Config, ctx: RunContext, model: LoopedGPT, k_scale: floa
     master = MasterWeights(dict(model.named_parameters()), build_formats(config, model, k_scale))
     optimizers = build_optimizers(model, master.weights, config, ctx)
     average = WeightAverage(config.average, config.average_start, config.average_every, config.ema_decay)
-    return TrainState(master, optimizers, average)
+    return TrainState(master, optimizers, average, is_rounded=config.qat_start == 0)
 
 
 def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext) -> None:
@@ -4529,13 +4843,10 @@ def warm_up(model: LoopedGPT, state: TrainState, config: Config, ctx: RunContext
     started = time.perf_counter()
     before = copy.deepcopy(state.state_dict())
     random_state = torch.get_rng_state()
-    settings = settings_at(config, 0.5, 0)
-    for batch_tokens, seq_len in list_shapes(config):
-        shape = (batch_tokens // seq_len // ctx.world, seq_len + 1)
+    for settings in list_forwards(config, ctx.compile):
+        shape = (settings.batch_tokens // settings.seq_len // ctx.world, settings.seq_len + 1)
         made_up = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        batch = split_tokens(made_up, ctx)
-        for depth in list_depths(config, ctx.compile):
-            train_step(model, state, batch, replace(settings, depth=depth), ctx)
+        train_step(model, state, split_tokens(made_up, ctx), settings, ctx)
     state.load_state_dict(before)
     torch.set_rng_state(random_state)
     ctx.sync()
@@ -4588,16 +4899,14 @@ def train(
             stop_if_needed(at, loss, must_stop, folder)
     write_checkpoint(ctx, state, at, folder)  # whatever happens from here on, a resumed run finds the trained weights
     averaged = state.averaged_weights()
-    hessians: dict[str, Tensor] = {}
-    if calibrates and config.iterations:
-        hessians = calibrate(config, ctx, averaged, text)
-    elif calibrates:
-        # a batch is a forward pass, not compiled: one that starts four steps before the end is done in time
-        deadline_s = config.max_wallclock_seconds - 4 * budget.slowest_s
-        hessians = calibrate(config, ctx, averaged, text, lambda: clock.read() < deadline_s)
+    curvatures: dict[str, Curvature] = {}
+    if calibrates:
+        time_left = TimeForBatches(clock, config.max_wallclock_seconds, EAGER_STEPS * budget.slowest_s)
+        wants_more = wants_tokens(config) if config.iterations else time_left.fits_another
+        curvatures = calibrate(config, ctx, averaged, text, wants_more)
     at.used_s = clock.stop()
     log_telemetry(model, at.step, text.stream, ctx)
-    return Trained(averaged, hessians, k_scale, at)
+    return Trained(averaged, curvatures, k_scale, at)
 
 
 def log_step(config: Config, ctx: RunContext, at: Position, loss: float, settings: Settings, progress: float) -> None:
@@ -4668,44 +4977,62 @@ def resume_position(config: Config, ctx: RunContext, state: TrainState, folder: 
     return at
 
 
+CALIBRATED_AT_ONCE = 16_384  # tokens: not compiled, they take more memory than in training
+EAGER_STEPS = 5  # compiled steps that a batch may take that is not: 3.3 were measured on a CPU
+
+
+class TimeForBatches:
+    """Whether another batch would end in time, which all ranks answer alike. The first one is taken to need `first_s`,
+    all others as much as the slowest before them."""
+
+    def __init__(self, clock: Clock, end_s: float, first_s: float):
+        self.clock, self.end_s, self.first_s = clock, end_s, first_s
+        self.asked_s: list[float] = []
+
+    def fits_another(self, consumed: int) -> bool:
+        self.asked_s.append(self.clock.read_slowest())
+        needed_s = max((b - a for a, b in itertools.pairwise(self.asked_s)), default=self.first_s)
+        return self.asked_s[-1] + needed_s < self.end_s
+
+
+def wants_tokens(config: Config) -> Callable[[int], bool]:
+    return lambda consumed: consumed < config.calibration_tokens
+
+
 def calibrate(
     config: Config,
     ctx: RunContext,
     weights: dict[str, Tensor],
     text: TrainingText,
-    is_time_left: Callable[[], bool] | None = None,
-) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs of every matrix that is used as a layer, all passes together, on training text:
-    calibration_tokens of it, or, against a clock, as much as the time that is left allows."""
-    model = LoopedGPT(config, ctx.dtype).to(ctx.device)  # not compiled: hooks do not run inside a compiled graph
+    wants_more: Callable[[int], bool],
+) -> dict[str, Curvature]:
+    """How sensitive the loss is to errors in matrices and tables, on training text. `wants_more` is asked before every
+    batch, with the tokens read so far."""
+    # the gradient reaches every pass; not compiled: hooks do not run in a graph
+    model = LoopedGPT(replace(config, bptt=0), ctx.dtype).to(ctx.device)
     model.load_state_dict(weights)
-    sums: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            columns = module.weight.shape[1]
-            sums[f"{name}.weight"] = torch.zeros(columns, columns, device=ctx.device)
-            module.register_forward_hook(functools.partial(add_inputs, sums[f"{name}.weight"]))
-
-    def wants_more(consumed: int) -> bool:
-        return consumed < config.calibration_tokens if is_time_left is None else is_time_left()
-
+    meter = CurvatureMeter(model)
     settings = settings_at(config, 1.0, 0)
+    rows = max(1, CALIBRATED_AT_ONCE // settings.seq_len)
+    if config.micro_batch:
+        rows = min(rows, config.micro_batch)
+
+    def measure(consumed: int) -> None:
+        inputs, targets = load_batch(text, consumed, settings, ctx)
+        for x, y in zip(inputs.split(rows), targets.split(rows)):
+            states = model.hidden(x)
+            logits = F.linear(states, model.head.detach())
+            meter.watch_head(model.head_name, states, logits)
+            capped = softcap(logits.float(), config.softcap)
+            F.cross_entropy(capped.flatten(0, 1), y.flatten(), reduction="sum").backward()
+        ctx.sync()
+
     consumed = 0
     while wants_more(consumed):
-        inputs, _ = load_batch(text, consumed, settings, ctx)
-        for piece in inputs.split(config.micro_batch or len(inputs)):
-            with torch.no_grad():
-                model.hidden(piece)
-        ctx.sync()
+        measure(consumed)
         consumed += settings.batch_tokens
     ctx.log("calibration", tokens=consumed)
-    # experts are multiplied in groups and not as layers: theirs stay zero, and they are rounded plainly
-    return {name: total for name, total in sums.items() if ctx.sum(total).any()}
-
-
-def add_inputs(total: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x = inputs[0].flatten(0, -2).float()
-    total.addmm_(x.T, x)
+    return meter.totals(ctx.sum)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4761,33 +5088,43 @@ def is_limit_binding(config: Config, k_scale: float) -> bool:
 
 
 def fit_artifact(config: Config, model: LoopedGPT, trained: Trained, identity: dict[str, Any]) -> bytes:
-    """The file at the coarseness that was trained, unless the byte limit decides: then the one that ends between 99.5%
-    and 100% of it. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
+    """The file at the coarseness that was trained, unless the byte limit decides: then one of 99.5% to 100% of it, or
+    the largest below. Sizes are searched by entropy; what coder and feedback add is learned from each attempt."""
+    largest = b""
     room = config.byte_limit - config.code_reserve if config.byte_limit else sys.maxsize
     overhead = 0  # bytes of the latest attempt over its forecast
 
     def forecast(k_scale: float) -> int:
         return forecast_bytes(model, build_formats(config, model, k_scale), trained.averaged) + overhead
 
-    def encode(k_scale: float, hessians: dict[str, Tensor]) -> bytes:
+    def encode(k_scale: float, curvatures: dict[str, Curvature]) -> bytes:
         formats = build_formats(config, model, k_scale)
-        return encode_artifact(config, model, trained.averaged, formats, hessians, identity)
+        return encode_artifact(config, model, trained.averaged, formats, curvatures, identity)
 
     limit_chose_grid = is_limit_binding(config, trained.k_scale)
     if not limit_chose_grid and forecast(trained.k_scale) <= room:
-        # on the very grid of training the weights have learned to be rounded plainly: there feedback only loses
+        # on the very grid of training weights may have learned to be rounded plainly: there feedback only loses
         content = encode(trained.k_scale, {})
         if len(content) <= room:
             return content
         overhead += len(content) - forecast(trained.k_scale)
     for _ in range(FIT_ATTEMPTS):
-        k_scale = solve_k_scale(forecast, int(0.998 * room), config)
-        content = encode(k_scale, trained.hessians if k_scale != trained.k_scale else {})
-        is_full = len(content) >= 0.995 * room or k_scale == FINEST
-        if len(content) <= room and is_full:
-            return content
+        try:
+            k_scale = solve_k_scale(forecast, int(0.998 * room), config)
+        except DoesNotFit:
+            if largest:
+                break  # what the latest attempt was over its forecast was a jump
+            raise
+        content = encode(k_scale, trained.curvatures if k_scale != trained.k_scale else {})
+        if len(content) <= room:
+            largest = max(largest, content, key=len)
+            if len(content) >= 0.995 * room or k_scale == FINEST:
+                return content
         overhead += len(content) - forecast(k_scale)
-    raise DoesNotFit(f"byte_limit={config.byte_limit:,}: a file of {len(content):,} bytes does not settle just below")
+    if not largest:
+        why = f"each of {FIT_ATTEMPTS} files was larger; take a smaller --model_dim"
+        raise DoesNotFit(f"byte_limit={config.byte_limit:,}: {why}")
+    return largest
 
 
 def encode_artifact(
@@ -4795,13 +5132,16 @@ def encode_artifact(
     model: LoopedGPT,
     weights: dict[str, Tensor],
     formats: dict[str, Format],
-    hessians: dict[str, Tensor],
+    curvatures: dict[str, Curvature],
     identity: dict[str, Any],
 ) -> bytes:
     raw: dict[str, Tensor] = {}
     layout = build_layout(model, formats)
+    grids = {name: form for name, form in formats.items() if isinstance(form, RowGrid)}
+    steps = choose_steps(weights, grids, curvatures) if config.row_steps == "loss" else {}
     for name, described in layout.items():
-        tensors = described.format.quantize(weights[name], hessians.get(name))
+        hessian = curvatures[name].columns if name in curvatures else None
+        tensors = described.format.quantize(weights[name], hessian, steps.get(name))
         raw |= zip(described.stored(name), tensors)
     return pack_artifact(config.stored(), layout, raw, identity)
 
@@ -5356,7 +5696,7 @@ def main(argv: list[str], environ: dict[str, str], code_bytes: int = 0) -> int:
     except BrokenPipeError:
         return 1  # whoever read the output has seen enough
     except (Stop, OSError) as error:
-        if environ.get("LOCAL_RANK", "0") == "0":
+        if environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, TokenError):  # which one rank alone may read
             print_error(error)
         return getattr(error, "exit_code", 1)
     except torch.OutOfMemoryError:
