@@ -105,8 +105,8 @@ class Rows(NamedTuple):
         return (scale * self.wanted).minimum(self.most).maximum(self.least)
 
     def count_bits(self, step: Tensor) -> float:
-        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse. Rows
-        too small for a step in fp16 have no codes but zero."""
+        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse.
+        Rows too small for a step in fp16 have no codes but zero."""
         ratio = (step / self.spread)[self.usual > 0].double()
         return self.columns * float((1 + 2 * math.pi * math.e / ratio.square()).log2().sum()) / 2
 
