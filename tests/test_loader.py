@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, tiny_context
+from helpers import tiny_config, tiny_context, tiny_options
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,11 +135,7 @@ def test_the_context_may_grow_in_the_middle_of_a_run(dataset, tmp_path, monkeypa
 
     monkeypatch.setattr(TrainingText, "read", spy)
     grows = dict(seq_len=64, batch_tokens=256, contexts="32:0.34")
-    config = tiny_config(data_path=str(dataset), iterations=11, run_id="grown", **grows)
-    options = [
-        f"--{name}={value}" for name, value in vars(config).items() if value != getattr(train_gpt.Config(), name)
-    ]
-    assert train_gpt.main(options, {}) == 0
+    assert train_gpt.main(tiny_options(dataset, iterations=11, run_id="grown", **grows), {}) == 0
     steps = [(count, length) for _, count, length, _ in read]
     assert set(steps) == {(8, 32), (4, 64)}
     starts = [position for _, _, length, found in read for start in found for position in range(start, start + length)]

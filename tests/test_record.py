@@ -35,6 +35,7 @@ from tools.submission.tracks import TRACKS, Track
 from tools.submission.trainlog import read_train_log
 from tools.submission.verdicts import BAD, OK, UNKNOWN
 
+RATE = train_gpt.RECIPES["pocket"]["matrix_lr"]
 SEEDS = (42, 1337, 2024)
 RUN = dict(iterations=4, byte_limit=16_000_000, code_reserve=40_000, score_documents=5, also="trained,plain")
 META = ["--author=A. Name", "--github_id=aname", "--name=Tiny loop", "--blurb=Four steps of a tiny model."]
@@ -501,7 +502,7 @@ def test_refused_runs(runs, folders, tmp_path, capsys):
     out = tmp_path / "track_tiny" / NAME
     out.parent.mkdir()
     for made, message in (
-        ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr=0.03; only the seed may differ"),
+        ([*runs[:2], other_lr], f"matrix_lr=0.5, but {runs[0]} has matrix_lr={RATE}; only the seed may differ"),
         ([runs[0], runs[0], runs[1]], "a second run of seed 42"),
         ([*runs[:2], other_code], "ran other code than is here now"),
         (runs[:1], "1 runs, and track_tiny asks for 3 seeds"),

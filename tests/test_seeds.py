@@ -18,6 +18,7 @@ import train_gpt
 from tools import seeds
 from tools.submission.stats import sample_std
 
+RATE = train_gpt.RECIPES["pocket"]["matrix_lr"]
 RUN = SMALL | dict(iterations=4, also="trained", score_documents=5)
 
 
@@ -124,7 +125,7 @@ def test_folders_that_are_refused(series, dataset, tmp_path, monkeypatch, capsys
 
     for number, (plant, changes, message) in enumerate(
         (
-            (None, dict(matrix_lr=0.5), "holds a run with matrix_lr=0.03, not 0.5; choose another --name"),
+            (None, dict(matrix_lr=0.5), f"holds a run with matrix_lr={RATE}, not 0.5; choose another --name"),
             (other_code, {}, "holds a run of other code"),
             (other_config("{}"), {}, "not a config of this version"),
             (other_config("[1]"), {}, "not a config of this version"),
