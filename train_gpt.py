@@ -52,7 +52,7 @@ from kernels.head import head_loss_torch, softcap, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, Kept, KeysValues
-from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps
+from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps, find_hessian
 from loopgolf.errors import (
     ArtifactError,
     ConfigError,
@@ -350,8 +350,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=32,
         doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
         byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, row_steps="loss",
-        qat_start=1.0,
-        matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        qat_start=1.0, matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
@@ -1616,6 +1615,7 @@ class TimeForBatches:
 
 
 def wants_tokens(config: Config) -> Callable[[int], bool]:
+    """Whether so many tokens are fewer than the run calibrates on when no clock decides."""
     return lambda consumed: consumed < config.calibration_tokens
 
 
@@ -1636,8 +1636,8 @@ def calibrate(
     rows = max(1, CALIBRATED_AT_ONCE // settings.seq_len)
     if config.micro_batch:
         rows = min(rows, config.micro_batch)
-
-    def measure(consumed: int) -> None:
+    consumed = 0
+    while wants_more(consumed):
         inputs, targets = load_batch(text, consumed, settings, ctx)
         for x, y in zip(inputs.split(rows), targets.split(rows)):
             states = model.hidden(x)
@@ -1646,10 +1646,6 @@ def calibrate(
             capped = softcap(logits.float(), config.softcap)
             F.cross_entropy(capped.flatten(0, 1), y.flatten(), reduction="sum").backward()
         ctx.sync()
-
-    consumed = 0
-    while wants_more(consumed):
-        measure(consumed)
         consumed += settings.batch_tokens
     ctx.log("calibration", tokens=consumed)
     return meter.totals(ctx.sum)
@@ -1760,8 +1756,7 @@ def encode_artifact(
     grids = {name: form for name, form in formats.items() if isinstance(form, RowGrid)}
     steps = choose_steps(weights, grids, curvatures) if config.row_steps == "loss" else {}
     for name, described in layout.items():
-        hessian = curvatures[name].columns if name in curvatures else None
-        tensors = described.format.quantize(weights[name], hessian, steps.get(name))
+        tensors = described.format.quantize(weights[name], find_hessian(curvatures, name), steps.get(name))
         raw |= zip(described.stored(name), tensors)
     return pack_artifact(config.stored(), layout, raw, identity)
 

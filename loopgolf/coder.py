@@ -5,10 +5,10 @@
     codes = decode_matrices(data, [(rows, columns), ...])      of the part `data` alone, which older files are made of
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
-weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes. Every class has its own
-frequency table. All matrices, class after class, column after column, form one
-row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
-A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
+weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes: such a matrix is turned. Every
+class has its own frequency table. All matrices, class after class, column after column, form one row of symbols; lane
+j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states. A state lives in
+[2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
     content := u32 crc of the labels | u32 label bytes | labels | data
     labels := LZMA of u8 per matrix: 1 if it is turned in `data`, 0 if not; u16 per row: 0, or a label of equal rows
@@ -49,13 +49,14 @@ def encode_rows(matrices: list[Tensor]) -> bytes:
     if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
         raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
     labels = [label_rows(codes) for codes in matrices]
-    by_rows, classified = [], []
+    turned, classified = [], []
     for codes, label in zip(matrices, labels):
         kept = codes[find_kept(label)[0]]
         of_columns, of_rows = classify_columns(kept), classify_columns(kept.T)
-        by_rows.append(of_rows.n_bytes < of_columns.n_bytes)
-        classified.append((kept.T, of_rows) if by_rows[-1] else (kept, of_columns))
-    side = bytes(by_rows) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
+        is_turned = of_rows.n_bytes < of_columns.n_bytes
+        turned.append(is_turned)
+        classified.append((kept.T, of_rows) if is_turned else (kept, of_columns))
+    side = bytes(turned) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
     packed = compress_side(side)
     return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(classified)
 
@@ -70,15 +71,14 @@ def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
     content = decompress_side(packed, n_bytes, "labels")
     if len(content) != n_bytes:
         raise ValueError("labels are of another number of rows")
-    by_rows = [kind != 0 for kind in content[: len(shapes)]]
+    turned = [flag != 0 for flag in content[: len(shapes)]]
     labels = torch.from_numpy(np.frombuffer(content[len(shapes) :], "<u2").astype(np.int32)).split(n_rows)
     found = [find_kept(label) for label in labels]
-    kept_shapes = [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)]
-    coded = decode_matrices(
-        data[8 + size :],
-        [(columns, rows) if is_turned else (rows, columns) for (rows, columns), is_turned in zip(kept_shapes, by_rows)],
-    )
-    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, by_rows)]
+    coded_shapes = []
+    for (rows, _), (_, columns), is_turned in zip(found, shapes, turned):
+        coded_shapes.append((columns, len(rows)) if is_turned else (len(rows), columns))
+    coded = decode_matrices(data[8 + size :], coded_shapes)
+    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, turned)]
     return [codes[places] for codes, (_, places) in zip(kept, found)]
 
 

@@ -36,6 +36,11 @@ class Curvature(NamedTuple):
     rows: Tensor  # (rows,)
 
 
+def find_hessian(curvatures: Mapping[str, Curvature], name: str) -> Tensor | None:
+    """What steers GPTQ, for parameters that have a curvature."""
+    return curvatures[name].columns if name in curvatures else None
+
+
 class CurvatureMeter:
     """Sums what the gradients of backward passes tell."""
 
@@ -130,7 +135,7 @@ def choose_steps(
 ) -> dict[str, Tensor]:
     """The fp16 step of each row at which a bit buys the same everywhere, with as many bits in all as the k's of the
     grids ask for. Rounding costs curvature * step^2 and saves log2(step) bits per weight, so steps go by 1 /
-    sqrt(curvature)."""
+    sqrt(curvature). Within a matrix and damped, this is in parameter-golf #1412."""
     all_rows = {name: describe_rows(weights[name], grids[name], curvatures[name]) for name in curvatures}
     asked = sum(rows.count_bits(rows.usual) for rows in all_rows.values())
     low, high = 1e-12, 1e12  # curvatures of any loss lie in between

@@ -40,6 +40,7 @@ from tqdm import tqdm
 import train_gpt
 from data.folder import positive
 from loopgolf.artifact import unpack_artifact
+from loopgolf.curvature import find_hessian
 from loopgolf.options import Parser
 from loopgolf.params import collect_specs
 from loopgolf.quantize import Format, RowGrid
@@ -166,7 +167,7 @@ class Study:
             form = formats[name]
             if isinstance(form, RowGrid):
                 form = replace(form, k=form.k * coarser)
-            stored = form.quantize(self.run.weights[name], self.run.hessian(name))
+            stored = form.quantize(self.run.weights[name], find_hessian(self.run.curvatures, name))
             rounded[name] = form.dequantize(stored)
         return rounded
 

@@ -29,10 +29,6 @@ class FinishedRun:
     curvatures: dict[str, Curvature]
     consumed: int
 
-    def hessian(self, name: str) -> Tensor | None:
-        """That steers the rounding of a parameter, where there is one."""
-        return self.curvatures[name].columns if name in self.curvatures else None
-
     def fit(self, config: train_gpt.Config) -> bytes:
         """The file that the exporter makes with the byte limit and the k's of this config."""
         k_scale = train_gpt.plan_k_scale(config, self.model)
