@@ -146,7 +146,7 @@ def test_no_step_is_wider_than_its_row_and_the_largest_weight_has_a_code():
 
 def test_where_training_is_coarse_steps_may_be_too():
     weights, _, curvatures = draw_case(1, 1.0)
-    grids = dict(small=RowGrid(2, 4.0), tall=RowGrid(2, 4.0))
+    grids = dict(small=RowGrid(6, 124.0), tall=RowGrid(6, 124.0))
     for name, step in choose_steps(weights, grids, curvatures).items():
         assert (step.float() > 2 * weights[name].square().mean(1).sqrt()).any()
 
