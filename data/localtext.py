@@ -261,7 +261,8 @@ def content_hash(document: Document) -> str:
 
 def compute_key(distributions: dict[str, Distribution], absent: list[str], vocab_size: int, held_out: bool) -> dict:
     """Everything that decides the corpus; a folder whose manifest holds the same key needs no new build."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    files = [*sorted((ROOT / "data").glob("*.py")), ROOT / "loopgolf" / "words.py"]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return {
         "python": platform.python_version(),
         "vocab_size": vocab_size,
@@ -295,7 +296,7 @@ def build_corpus(out: Path, sources: list[Source], key: dict) -> dict[str, dict[
     texts = [document.text for document in documents]
     with building(out, replace=True) as folder:
         training = [text for text in texts if not is_validation(text, val_fraction)]
-        train_tokenizer(training, folder / TOKENIZER, vocab_size)
+        train_tokenizer(training, folder / TOKENIZER, vocab_size, marked=True)
         log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(folder / TOKENIZER))
         counts = encode_documents(texts, folder / TOKENIZER, folder, name, val_fraction)
         facts = {"name": name, "vocab_size": vocab_size, "splits": counts}

@@ -1,6 +1,6 @@
 """Byte-exact SentencePiece tokenizers, and the way from any text to a dataset folder.
 
-    python -m data.tokenizer train --out FILE [--vocab_size N] FILES...
+    python -m data.tokenizer train --out FILE [--vocab_size N] [--mark_words] FILES...
     python -m data.tokenizer encode --tokenizer FILE --out FOLDER FILES...
 
 FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line). A document becomes BOS
@@ -40,6 +40,7 @@ from data.shards import write_shard
 from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
+from loopgolf.words import MARKS, has_marks, mark_words
 
 SHARD_TOKENS = 100_000_000  # the challenge's own
 TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time
@@ -74,11 +75,13 @@ def sample_evenly(sentences: Iterable[str], max_bytes: int) -> list[str]:
     return kept
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:
-    """Train a byte-exact BPE tokenizer; the same texts give the same file, byte for byte."""
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 1024, marked: bool = False) -> None:
+    """Train a byte-exact BPE tokenizer; the same texts give the same file, byte for byte. `marked`: of marked words."""
     sentences, model = sample_evenly(cut_sentences(texts), TRAINING_BYTES), io.BytesIO()
     if not sentences:
         raise DataError(f"{path}: no text to train a tokenizer on; give files that hold text")
+    if marked:
+        sentences = [mark_words(sentence) for sentence in sentences]
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
@@ -86,6 +89,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 10
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
+            required_chars=MARKS if marked else "",
             normalization_rule_name="identity",
             add_dummy_prefix=True,
             # A run of blanks stays a run, and each blank starts another piece: inside a piece its marker
@@ -126,21 +130,26 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """BOS, then the pieces of the text.
+    """BOS, then the pieces of the text, with marks for its words where the tokenizer has them."""
+    return [tokenizer.bos_id(), *spell_text(tokenizer, mark_words(text) if has_marks(tokenizer) else text)]
+
+
+def spell_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """The pieces of a text.
 
     SentencePiece writes a blank as U+2581 and would read a U+2581 of the text as a blank. That character is
     spelled as its three bytes: a private letter that text and vocabulary lack takes its place, comes out as
     three byte pieces, and those are exchanged.
     """
     if SPACE_MARKER not in text:
-        return [tokenizer.bos_id(), *tokenizer.encode(text)]
+        return tokenizer.encode(text)
     stand_in = next(
         letter
         for letter in map(chr, LETTERS_OF_NOBODY)
         if letter not in text and tokenizer.piece_to_id(letter) == tokenizer.unk_id()
     )
     wanted, found = spell_bytes(tokenizer, SPACE_MARKER), spell_bytes(tokenizer, stand_in)
-    ids, position = encode_document(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
+    ids, position = spell_text(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
     while position < len(ids):
         if ids[position : position + 3] == found:
             ids[position : position + 3] = wanted
@@ -337,8 +346,8 @@ def check_counts(counts: dict[str, dict[str, int]], val_fraction: float) -> dict
 # --- command line
 
 
-def train_command(files: list[str], out: str, vocab_size: int) -> None:
-    train_tokenizer(read_texts(files), out, vocab_size)
+def train_command(files: list[str], out: str, vocab_size: int, mark_words: bool) -> None:
+    train_tokenizer(read_texts(files), out, vocab_size, mark_words)
     log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(Path(out)), file=out)
 
 
@@ -366,6 +375,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a tokenizer on text files")
     train.add_argument("--vocab_size", type=positive, default=1024, help="number of pieces (1024)")
+    train.add_argument(
+        "--mark_words", action="store_true", help="one form for every word, and marks (see loopgolf/words.py)"
+    )
     train.add_argument("--out", required=True, help="the tokenizer file to write")
     encode = commands.add_parser("encode", help="turn text files into a dataset folder")
     encode.add_argument("--tokenizer", required=True, help="a SentencePiece model with byte pieces")

@@ -17,8 +17,9 @@ its parts, so the two are there when its rank comes.)
 Example: `▁the` is a piece and better than any pair with `e` in it. So `▁th` is never followed by `e`, for the two would
 have been merged.
 
-Pieces that stand for bytes follow the rules of UTF-8. All this holds for BPE without pieces that a user defined: a
-unigram model chooses its pieces by other rules. `check_text` finds out before anything is scored.
+Pieces that stand for bytes follow the rules of UTF-8, and marks of words theirs (words.py). All this holds for BPE
+without pieces that a user defined: a unigram model chooses its pieces by other rules. `check_text` finds out before
+anything is scored.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from loopgolf.errors import ConfigError
+from loopgolf.words import ESCAPE, JOIN, SIGNS, TITLE, UPPER, has_marks
 
 FLOOR = 2.0**-20  # what all impossible tokens have together
 SPACE = "▁"
@@ -86,6 +88,8 @@ def find_allowed_pairs(tokenizer: sentencepiece.SentencePieceProcessor, bos_id: 
     never[merges.unreachable] = True
     never[bos_id] = False
     forbid_broken_characters(allowed, tokenizer, is_byte)
+    if has_marks(tokenizer):
+        forbid_misplaced_marks(allowed, tokenizer, is_byte)
     allowed[bos_id] &= can_begin_document(tokenizer, is_byte)
     allowed[:, never] = False
     allowed[bos_id, bos_id] = True  # an empty document
@@ -172,6 +176,29 @@ def forbid_broken_characters(
     # no character begins with these, and ASCII that has a piece is never spelled as a byte
     has_piece = [0 <= v < 0x80 and tokenizer.piece_to_id(chr(v)) != tokenizer.unk_id() for v in value]
     allowed[:, np.isin(value, [0xC0, 0xC1, *range(0xF5, 0x100)]) | np.array(has_piece)] = False
+
+
+def forbid_misplaced_marks(
+    allowed: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray
+) -> None:
+    """What mark_words never writes: capitals, marks in another order, and a letter right behind what is no letter."""
+    texts = [tokenizer.id_to_piece(i) for i in range(len(is_byte))]
+    for i in np.flatnonzero(is_byte):
+        texts[i] = chr(int(texts[i][3:5], 16))
+    last = np.array([text[-1] for text in texts])
+    first = np.array([text[0] for text in texts])
+    is_letter = np.array(["a" <= char <= "z" for char in first])
+    begins_word = np.array([text == SPACE or (text[0] == SPACE and text[1].islower()) for text in texts])
+    is_alnum = np.array([char.isalnum() for char in last])
+    is_partial = is_byte & (last > "\x7f")  # of a character that may be anything
+    is_case = np.isin(last, [TITLE, UPPER])
+    allowed[:, [text[0].isascii() and text[0].isupper() for text in texts]] = False
+    allowed[np.ix_(last == JOIN, ~begins_word)] = False
+    allowed[np.ix_(is_case, ~begins_word & (first != JOIN))] = False
+    allowed[np.ix_(last == ESCAPE, ~np.isin(first, list(SIGNS)))] = False
+    allowed[np.ix_(~is_alnum & ~is_partial & (last != SPACE), is_letter)] = False
+    allowed[np.ix_(is_alnum & ~is_partial, first == JOIN)] = False
+    allowed[np.ix_(last == SPACE, first == JOIN)] = False
 
 
 def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray) -> np.ndarray:

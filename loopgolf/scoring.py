@@ -25,6 +25,7 @@ from loopgolf.layers import Adapter, Linear
 from loopgolf.options import option
 from loopgolf.plan import Depth, Pass
 from loopgolf.runtime import RunContext
+from loopgolf.words import JOIN, drop_marks, has_marks
 
 OnPass = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
 Lora = Mapping[str, Mapping[str, Adapter]]  # adapters by block and layer
@@ -122,19 +123,22 @@ class Meter(Protocol):
 
 class ByteCounter:
     """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
-    is a boundary (a control, unknown or unused id)."""
+    is a boundary (a control, unknown or unused id). Marks of words count nothing, nor does a space behind JOIN."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         ids = range(tokenizer.vocab_size())
         is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
         pieces = [tokenizer.id_to_piece(i) for i in ids]
-        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
+        is_marked = has_marks(tokenizer)
+        contents = [drop_marks(piece) if is_marked else piece for piece in pieces]
+        own = [1 if tokenizer.is_byte(i) else len(contents[i].removeprefix("▁").encode()) for i in ids]
         self.own_bytes = np.where(is_special, 0, own)
         self.is_boundary = np.array(is_special)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
+        self.is_joint = np.array([is_marked and piece.endswith(JOIN) for piece in pieces])
 
     def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
-        spaces = self.has_space[targets] & ~self.is_boundary[previous]
+        spaces = self.has_space[targets] & ~self.is_boundary[previous] & ~self.is_joint[previous]
         return int(self.own_bytes[targets].sum() + spaces.sum())
 
 

@@ -15,6 +15,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import write_shard
+from data.tokenizer import load_tokenizer, train_tokenizer
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("repeatable")
@@ -49,6 +50,14 @@ def tokenizer_bytes(documents: list[str]) -> bytes:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=tokenizer_bytes)
+
+
+@pytest.fixture(scope="session")
+def marked_tokenizer(tmp_path_factory, documents) -> sentencepiece.SentencePieceProcessor:
+    """One whose text has marks for its words."""
+    path = tmp_path_factory.mktemp("marked") / "tokenizer.model"
+    train_tokenizer(documents, path, 384, marked=True)
+    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from helpers import pack_weights, tiny_config, tiny_context, tiny_model
 import loopgolf.moe
 import train_gpt
 from data.shards import TokenStream
+from data.tokenizer import encode_document
 from kernels.attention import attend
 from loopgolf.adapting import LoraScorer, SgdScorer
 from loopgolf.scoring import ByteCounter, PlainScorer, SlidingScorer, Window
-from tools.audit import RULES, AuditError, audit, find_edges, main, move_documents, replace_tokens
+from tools.audit import RULES, AuditError, Verdict, audit, check_bytes, find_edges, main, move_documents, replace_tokens
 from train_gpt import LoopedGPT, build_scorer
 
 PROBES = 6
@@ -349,6 +350,14 @@ class CountsEverySpace(ByteCounter):
         return int(self.own_bytes[targets].sum() + self.has_space[targets].sum())
 
 
+class CountsJoinedSpaces(ByteCounter):
+    """Counts the space of a word that is joined to what stands before it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.is_joint = np.zeros_like(self.is_joint)
+
+
 @pytest.mark.parametrize("counter", [CountsNames, CountsEverySpace])
 def test_wrong_bytes_are_caught_and_explained(counter, judge, tokenizer, tokens):
     text = [1, *tokenizer.encode("naïve 😀 words"), 1, *tokenizer.encode("more\nlines of é")]
@@ -363,6 +372,15 @@ def test_wrong_bytes_are_caught_and_explained(counter, judge, tokenizer, tokens)
         assert (counter is CountsNames) or row[at - 1] == 1
     if counter is CountsNames:
         assert dict(piece="<0xF0><0x9F><0x98><0x80>", counted=24, actual=4).items() <= found[1].items()
+
+
+def test_bytes_of_marked_words_are_explained(marked_tokenizer):
+    text = torch.tensor([*encode_document(marked_tokenizer, "A DataFrame"), *encode_document(marked_tokenizer, "(the")])
+    for counter, faults in ((ByteCounter(marked_tokenizer), 0), (CountsJoinedSpaces(marked_tokenizer), 3)):
+        verdict = Verdict("bytes")
+        check_bytes(verdict, text, 1, counter, marked_tokenizer)
+        assert verdict.violations == faults
+        assert all(found["counted"] == found["actual"] + 1 for found in verdict.examples)
 
 
 def test_a_text_that_is_cut_inside_of_a_letter_is_no_fault(judge, tokenizer, tokens):

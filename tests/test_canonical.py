@@ -25,6 +25,7 @@ from data.tokenizer import encode_document, train_tokenizer
 from loopgolf.canonical import FLOOR, CanonicalMask, find_allowed_pairs, mask_log_probs
 from loopgolf.errors import ConfigError
 from loopgolf.scoring import ByteCounter
+from loopgolf.words import ESCAPE, JOIN, TITLE, has_marks
 from tools import codec
 from tools.audit import audit
 from tools.lib.predictor import load_predictor
@@ -33,11 +34,11 @@ from tools.lib.predictor import load_predictor
 PLAIN_SPELLING = bytes([0x1A, 6, 0x18, 0, 0x20, 0, 0x28, 1])
 
 
-@pytest.fixture(scope="module")
-def own_tokenizer(tmp_path_factory, documents) -> sentencepiece.SentencePieceProcessor:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "marked"])
+def own_tokenizer(request, tmp_path_factory, documents) -> sentencepiece.SentencePieceProcessor:
     """One of the project's own, larger than that of other tests."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(documents, path, 900)
+    train_tokenizer(documents, path, 900, marked=request.param)
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
@@ -58,12 +59,15 @@ def test_a_pair_is_allowed_exactly_if_the_tokenizer_spells_it_so(own_tokenizer, 
     for a in rows:
         spelled = spell.encode([texts[a] + texts[b] for b in pieces])
         expected = np.array([found == [a, b] for b, found in zip(pieces, spelled)])
-        assert np.array_equal(allowed[a, pieces], expected), texts[a]
+        if has_marks(own_tokenizer):  # they rule out more
+            assert not (allowed[a, pieces] & ~expected).any(), texts[a]
+        else:
+            assert np.array_equal(allowed[a, pieces], expected), texts[a]
     assert 0.02 < 1 - allowed[np.ix_(rows, pieces)].mean() < 0.5, "the table rules something out"
 
 
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(
-    ["the", " of", "  ", "\n", "é", "😀", "ing", "tion", "aaa", "ab", "0.5", "▁", "return", "\u0301"]), max_size=30,
+    ["the", "The", " Of", "THE", "_", "(", "2", "“", "\x01", "\x03\x04", " of", "  ", "\n", "é", "😀", "ing", "tion", "aaa", "ab", "0.5", "▁", "return", "\u0301"]), max_size=30,
 ).map("".join)))  # fmt: skip
 def test_no_text_is_forbidden(own_tokenizer, allowed, text):
     assert_is_allowed(allowed, encode_document(own_tokenizer, text))
@@ -88,6 +92,22 @@ def test_what_stands_after_bos_and_within_a_character(own_tokenizer, allowed):
     assert not allowed[letter, byte[ord("e")]], "it has a piece"
     assert not allowed[:, own_tokenizer.unk_id()].any() and not allowed[:, own_tokenizer.eos_id()].any()
     assert allowed[letter, 1] and allowed[1, 1]
+
+
+def test_what_stands_around_marks(marked_tokenizer):
+    allowed = find_allowed_pairs(marked_tokenizer, 1)
+    ids = {name: marked_tokenizer.piece_to_id(name) for name in (TITLE, JOIN, ESCAPE, "▁", "▁the", "e", "0", "(", "4")}
+    ids["!"] = marked_tokenizer.encode("!")[-1]
+
+    def follows(a: str, b: str) -> bool:
+        return bool(allowed[ids[a], ids[b]])
+
+    assert follows(TITLE, "▁the") and follows(JOIN, "▁the") and follows(JOIN, "▁")
+    assert not follows(JOIN, "e") and not follows(TITLE, "e") and not follows(JOIN, TITLE) and not follows(JOIN, "(")
+    assert follows(ESCAPE, "!") and not follows(ESCAPE, "4") and not follows(ESCAPE, "▁the")
+    assert follows("e", "(") and follows("0", "e") and not follows("(", "e"), "it is joined there"
+    assert not follows("e", JOIN) and not follows("▁", JOIN) and follows("e", TITLE)
+    assert not allowed[:, marked_tokenizer.piece_to_id("<0x41>")].any(), "there are no capitals"
 
 
 def test_tokenizers_of_another_kind_are_refused(documents, tmp_path):

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tools": ("train_gpt", "loopgolf", "data", "kernels", "tools"),
     "train_gpt.py": ("loopgolf", "data.shards", "kernels"),
     "loopgolf": ("loopgolf", "kernels"),
-    "data": ("data", "loopgolf.runtime", "loopgolf.errors", "loopgolf.options"),
+    "data": ("data", "loopgolf.runtime", "loopgolf.errors", "loopgolf.options", "loopgolf.words"),
     "kernels": ("kernels",),
 }
 FILES = [

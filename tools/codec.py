@@ -52,6 +52,7 @@ SAME = {
     "dtype": "decode on the kind of machine that coded it",
     "threads": "set OMP_NUM_THREADS to that",
 }
+MOST_TOKENS = 4  # for a byte: two marks, a space that they take away, and a letter
 NOTED = ("python", "code")  # may differ, and are named when decoding fails
 TYPES = dict.fromkeys([*SAME, *NOTED, "sha256"], str) | dict.fromkeys(["threads", "tokens", "bytes"], int)
 
@@ -211,8 +212,8 @@ def unpack_file(content: bytes) -> tuple[dict, bytes]:
         is_good = {name: type(value) for name, value in header.items()} == TYPES and header["tokens"] >= 0
     except (ValueError, AttributeError, RecursionError):
         is_good = False
-    # a token stands for a byte at least, but for the space that may open a document
-    if not is_good or header["tokens"] > header["bytes"] + 1 or header["mode"] not in train_gpt.SCORERS:
+    # a token stands for a byte, but for marks and the space that may open a document
+    if not is_good or header["tokens"] > MOST_TOKENS * (header["bytes"] + 1) or header["mode"] not in train_gpt.SCORERS:
         raise DamagedFile("its header does not hold what this version writes")
     return header, content[16 + header_bytes : -32]
 

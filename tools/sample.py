@@ -25,7 +25,7 @@ from torch import Tensor
 from loopgolf.cache import Cache
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
-from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor
+from tools.lib.predictor import InputError, Predictor, Reader, add_model_options, load_predictor
 
 
 def keep_top(probs: Tensor, top_p: float) -> Tensor:
@@ -67,15 +67,16 @@ def generate(
 
 def write_text(predictor: Predictor, prompt: bytes, args: argparse.Namespace, generator: torch.Generator) -> None:
     """Continues the prompt on stdout; a character comes out as soon as the last of its bytes is drawn."""
-    speller, decoder = predictor.speller, codecs.getincrementaldecoder("utf-8")("replace")
-    tokens, count, started = speller.to_tokens(prompt), 0, time.perf_counter()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    tokens, count, started = predictor.speller.to_tokens(prompt), 0, time.perf_counter()
+    reader = Reader(predictor.speller)
+    for token in tokens:
+        reader.read(token)
     drawn = generate(predictor, tokens, args.temperature, args.top_p, generator)
     for token in (next(drawn, None) for _ in range(args.tokens)):
         if token is None:
             break
-        # the space that opens a document is not part of it
-        content = speller.pieces[token] if tokens or count else speller.to_bytes([token])
-        print(decoder.decode(content), end="", flush=True)
+        print(decoder.decode(reader.read(token)), end="", flush=True)
         count += 1
     print(decoder.decode(b"", final=True), flush=True)
     seconds = time.perf_counter() - started

@@ -23,6 +23,7 @@ from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.plan import parse_plan
 from loopgolf.runtime import run_program
+from loopgolf.words import decode_tokens
 from tools.lib.predictor import load_predictor
 from tools.lib.runlog import read_result
 from tools.sample import generate
@@ -58,7 +59,7 @@ def read_scored_text(config: train_gpt.Config) -> bytes:
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     documents = train_gpt.split_documents(stream.read(0, stream.total), config.bos_id)
     scored = documents[: config.score_documents or None]
-    return "".join(tokenizer.decode(document.tolist()) for document in scored).encode()
+    return "".join(decode_tokens(tokenizer, document.tolist()) for document in scored).encode()
 
 
 def describe_score(config: train_gpt.Config, result: dict[str, str]) -> str:
@@ -76,8 +77,8 @@ def write_sample(artifact: Path) -> str:
     predictor = load_predictor(artifact, None)
     prompt = predictor.speller.to_tokens(PROMPT.encode())
     drawn = generate(predictor, prompt, 0.8, 0.95, torch.Generator().manual_seed(1337))
-    content = b"".join(predictor.speller.pieces[token] for token in itertools.islice(drawn, SAMPLE_TOKENS))
-    return " ".join((PROMPT + content.decode(errors="replace")).split())
+    content = predictor.speller.to_bytes(prompt + list(itertools.islice(drawn, SAMPLE_TOKENS)))
+    return " ".join(content.decode(errors="replace").split())
 
 
 def summarize(folder: Path) -> list[str]:

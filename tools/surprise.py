@@ -28,7 +28,7 @@ from torch import Tensor
 
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
-from tools.lib.predictor import InputError, Predictor, add_model_options, load_predictor, read_file
+from tools.lib.predictor import InputError, Predictor, Reader, add_model_options, load_predictor, read_file
 
 SPAN_BYTES = 60  # a span ends at the first space after so many bytes
 SHOWN = 4  # spans of each kind
@@ -97,7 +97,7 @@ def measure(predictor: Predictor, path: Path) -> Report:
     meter = TokenMeter(row)
     predictor.score(row, meter)
     bits = meter.nats[1:] / math.log(2)
-    pieces = [predictor.speller.to_bytes(tokens[:1]), *(predictor.speller.pieces[token] for token in tokens[1:])]
+    pieces = list(map(Reader(predictor.speller).read, tokens))
     bpb = {"artifact": float(bits.sum() / len(content))}
     bpb |= {name: 8 * len(compress(content)) / len(content) for name, compress in COMPRESSORS.items()}
     spans = sorted(cut_spans(pieces, bits), key=lambda span: -span.bpb)

@@ -21,6 +21,7 @@ from loopgolf.artifact import Artifact
 from loopgolf.errors import Stop
 from loopgolf.runtime import RunContext
 from loopgolf.scoring import ByteCounter, Mask, WindowScorer, score_tokens
+from loopgolf.words import Unmarker, has_marks
 
 BAD_BYTES = "\udc80-\udcff"  # what errors="surrogateescape" makes of bytes that are not UTF-8
 BATCH = 16  # windows that are scored in one forward
@@ -33,7 +34,8 @@ class InputError(Stop):
 class Speller:
     """Bytes to tokens and back, for any bytes. Text goes through the tokenizer, as its own document; bytes that
     are not UTF-8, and characters that this tokenizer would change, go by byte pieces and leave the rest as it is.
-    The bytes of tokens are those of their pieces; the space that the tokenizer puts before a document is left out."""
+    The bytes of tokens are those of their pieces, marks of words read; the space that the tokenizer puts before a
+    document is left out."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         self.tokenizer = tokenizer
@@ -41,6 +43,7 @@ class Speller:
         self.by_byte = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.opener = chr(LETTERS_OF_NOBODY[0])  # text after it gets no space in front
         self.opener_tokens = len(encode_document(tokenizer, self.opener))
+        self.has_marks = has_marks(tokenizer)
 
     def read_piece(self, token: int) -> bytes:
         tests = (self.tokenizer.is_control, self.tokenizer.is_unknown, self.tokenizer.is_unused)
@@ -50,8 +53,7 @@ class Speller:
         return b"" if any(test(token) for test in tests) else piece.replace(SPACE_MARKER, " ").encode()
 
     def to_bytes(self, tokens: list[int]) -> bytes:
-        content = b"".join(self.pieces[token] for token in tokens)
-        return content[1:] if tokens and self.tokenizer.id_to_piece(tokens[0])[:1] == SPACE_MARKER else content
+        return b"".join(map(Reader(self).read, tokens))
 
     def to_tokens(self, content: bytes) -> list[int]:
         """Without the BOS."""
@@ -71,13 +73,29 @@ class Speller:
             tokens = encode_document(self.tokenizer, lead + text)[1 if is_first else self.opener_tokens :]
         except StopIteration:  # a text with U+2581 and every private letter leaves no stand-in; its halves will
             tokens = []
-        found = self.to_bytes(tokens) if is_first else b"".join(self.pieces[token] for token in tokens)
+        found = b"".join(map(Reader(self, is_first).read, tokens))
         if found == text.encode():
             return tokens
         if len(text) == 1:
             return self.spell_bytes(text)
         half = len(text) // 2
         return self.spell_text(text[:half], is_first) + self.spell_text(text[half:], False)
+
+
+class Reader:
+    """Tokens to bytes, one after another. `is_first`: they begin a document."""
+
+    def __init__(self, speller: Speller, is_first: bool = True):
+        self.speller = speller
+        self.is_first = is_first
+        self.unmarker = Unmarker()
+
+    def read(self, token: int) -> bytes:
+        content = self.speller.pieces[token]
+        if self.is_first and self.speller.tokenizer.id_to_piece(token).startswith(SPACE_MARKER):
+            content = content[1:]
+        self.is_first = False
+        return self.unmarker.feed(content) if self.speller.has_marks else content
 
 
 @dataclass(frozen=True)
