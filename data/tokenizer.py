@@ -3,8 +3,9 @@
     python -m data.tokenizer train --out FILE [--vocab_size N] [--mark_words] FILES...
     python -m data.tokenizer encode --tokenizer FILE --out FOLDER FILES...
 
-FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line). A document becomes BOS
-and its pieces. Byte-exact means: the bytes that the challenge's rule counts for a document's pieces are its
+FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line), or one dataset folder:
+`train` reads its training documents, `encode` encodes all of them anew and keeps its split. A document becomes
+BOS and its pieces. Byte-exact means: the bytes that the challenge's rule counts for a document's pieces are its
 UTF-8 bytes, and decoding gives the document back.
 """
 
@@ -36,11 +37,11 @@ from data.folder import (
     tidy_when_terminated,
     write_manifest,
 )
-from data.shards import write_shard
+from data.shards import find_shards, read_shard, write_shard
 from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
-from loopgolf.words import MARKS, has_marks, mark_words
+from loopgolf.words import MARKS, decode_tokens, has_marks, mark_words
 
 SHARD_TOKENS = 100_000_000  # the challenge's own
 TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time
@@ -161,15 +162,30 @@ def spell_bytes(tokenizer: sentencepiece.SentencePieceProcessor, character: str)
     return [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
 
 
-# --- reading text files
+# --- reading text
+
+
+def read_documents(folder: str | Path, split: str) -> Iterator[str]:
+    """The documents of a dataset folder; the shards may cut them anywhere."""
+    tokenizer, unfinished = load_tokenizer(Path(folder) / TOKENIZER), np.empty(0, np.uint16)
+    for path in find_shards(folder, split):
+        tokens = read_shard(path, len(tokenizer))
+        first, *others = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id()))
+        unfinished = np.concatenate([unfinished, first])
+        for document in others:
+            yield decode_tokens(tokenizer, unfinished.tolist())
+            unfinished = document
+    yield decode_tokens(tokenizer, unfinished.tolist())
 
 
 def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
-    """The documents of .txt, .jsonl and .jsonl.zst files, in order."""
+    """The documents of .txt, .jsonl and .jsonl.zst files, and the training documents of dataset folders, in order."""
     for path in map(Path, paths):
-        if not path.is_file():
+        if path.is_dir():
+            yield from read_documents(path, "train")
+        elif not path.is_file():
             raise DataError(f"{path}: no such file; check the path")
-        if path.suffix == ".txt":
+        elif path.suffix == ".txt":
             yield decode_utf8(path.read_bytes(), str(path))
         elif path.suffix == ".jsonl" or path.name.endswith(".jsonl.zst"):
             yield from read_json_lines(path)
@@ -334,6 +350,23 @@ def encode_documents(
     return check_counts({split: writer.counts for split, writer in writers.items()}, val_fraction)
 
 
+def encode_folder(
+    source: str,
+    tokenizer_path: str | Path,
+    folder: Path,
+    name: str,
+    shard_tokens: int,
+    workers: int | None,
+) -> dict[str, dict[str, int]]:
+    """The documents of a dataset folder with another tokenizer, each in the split where it was."""
+    counts = {}
+    for split, val_fraction in (("train", 0.0), ("val", 1.0)):
+        texts = read_documents(source, split)
+        encoded = encode_documents(texts, tokenizer_path, folder, name, val_fraction, shard_tokens, workers)
+        counts[split] = encoded[split]
+    return counts
+
+
 def check_counts(counts: dict[str, dict[str, int]], val_fraction: float) -> dict[str, dict[str, int]]:
     if not any(split["documents"] for split in counts.values()):
         raise DataError("empty input: no document with text in it; give files that hold text")
@@ -355,8 +388,14 @@ def encode_command(
     files: list[str], out: str, tokenizer: str, name: str, val_fraction: float, shard_tokens: int, workers: int | None
 ) -> None:
     pieces = len(load_tokenizer(tokenizer))
+    is_folder = [Path(file).is_dir() for file in files]
+    if any(is_folder) and len(files) > 1:
+        raise DataError(f"{files[is_folder.index(True)]}: a dataset folder keeps its split; encode it alone")
     with building(out) as folder:
-        counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens, workers)
+        if any(is_folder):
+            counts = encode_folder(files[0], tokenizer, folder, name, shard_tokens, workers)
+        else:
+            counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens, workers)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_manifest(folder, {"name": name, "vocab_size": pieces, "splits": counts})
     for split, fields in counts.items():
@@ -389,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     encode.add_argument("--workers", type=positive, help="processes (one per core)")
     for command in (train, encode):
-        command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst")
+        command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst, or one dataset folder")
     args = vars(parser.parse_args(argv))
     programs: dict[str, Callable[..., None]] = {"train": train_command, "encode": encode_command}
     program = programs[args.pop("command")]

@@ -209,6 +209,29 @@ def test_encode_keeps_every_document_in_order(model: Path, tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("no_workers")
+def test_a_dataset_folder_is_encoded_anew(
+    model: Path, marked: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From either kind of tokenizer to the other; shards cut documents, before and after."""
+    write_lines(tmp_path / "a.jsonl", ["\u2581 The end\x01", *PROSE[:60]])
+    encode([tmp_path / "a.jsonl"], model, tmp_path / "old", val_fraction=0.3, shard_tokens=300)
+    assert len(find_shards(tmp_path / "old", "train")) > 2
+    arguments = ["--out", str(tmp_path / "b.model"), "--vocab_size", "300", str(tmp_path / "old")]
+    assert program.main(["train", *arguments, *([] if marked else ["--mark_words"])]) == 0
+    assert has_marks(load_tokenizer(tmp_path / "b.model")) is not marked
+    encode([tmp_path / "old"], tmp_path / "b.model", tmp_path / "new", shard_tokens=170)
+    for split in ("train", "val"):
+        assert decode_split(tmp_path / "new", split) == decode_split(tmp_path / "old", split)
+    counts = [json.loads((tmp_path / name / "manifest.json").read_text())["splits"] for name in ("old", "new")]
+    for split in ("train", "val"):
+        for key in ("documents", "text_bytes"):
+            assert counts[0][split][key] == counts[1][split][key]
+    command = ["encode", "--tokenizer", str(model), "--out", str(tmp_path / "c"), str(tmp_path / "a.jsonl")]
+    assert program.main([*command, str(tmp_path / "old")]) == 2
+    assert f"{tmp_path / 'old'}: a dataset folder keeps its split; encode it alone" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_workers")
 def test_one_split_alone(model: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", PROSE[:3])
     encode([tmp_path / "a.jsonl"], model, tmp_path / "out", val_fraction=1, name="mine")
