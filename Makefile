@@ -35,7 +35,7 @@ gpu: .venv/ready
 	$(PY) -m data.localtext
 	($(PY) -m kernels.check && \
 	$(PY) -m tools.bench --modes plain,banded -- --recipe 4b7l --device cuda --micro_batch 64 && \
-	$(PY) train_gpt.py --recipe 4b7l --device cuda --data_path data/local --vocab_size 2048 --max_wallclock_seconds 180 --batch_tokens 131072 \
+	$(PY) train_gpt.py --recipe 4b7l --device cuda --data_path data/local --vocab_size 3072 --max_wallclock_seconds 180 --batch_tokens 131072 \
 	--score_mode banded --also trained,plain --run_id gpu-$(shell date +%Y%m%d-%H%M%S)) 2>&1 | tee gpu.log
 
 # where the time of a training step goes

@@ -349,7 +349,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=4.0,
         parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=32,
-        doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        doc_attention=True, vocab_size=3072, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
         byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, row_steps="loss",
         qat_start=1.0, matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,

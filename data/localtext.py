@@ -1,6 +1,6 @@
 """The offline corpus: English technical prose that is already on the machine, as a dataset folder.
 
-    python -m data.localtext [--out data/local] [--vocab_size 2048] [--force]
+    python -m data.localtext [--out data/local] [--vocab_size 3072] [--force]
     python -m data.localtext --held_out [--out data/heldout]     to decide by: never tune on what is scored
 
 It takes documentation strings of more than 200 characters (of modules, classes and functions, and those that
@@ -335,7 +335,7 @@ def make_local(out: str, vocab_size: int, held_out: bool, force: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m data.localtext", description="Build the offline corpus from what is installed.")
     parser.add_argument("--out", help="the dataset folder (data/local, or data/heldout with --held_out)")
-    parser.add_argument("--vocab_size", type=positive, default=2048, help="pieces of the tokenizer (2048)")
+    parser.add_argument("--vocab_size", type=positive, default=3072, help="pieces of the tokenizer (3072)")
     parser.add_argument("--held_out", action="store_true", help="score training documents instead, to decide by")
     parser.add_argument("--force", action="store_true", help="build it again even when it is there and valid")
     args = vars(parser.parse_args(argv))

@@ -1,9 +1,10 @@
 """One form for every word: `the`, `The`, `THE` and the end of `_the` are one word, and marks say what it looked like.
 
-A tokenizer has to learn each of them anew, and a small model too. In marked text a word is lower case behind a blank,
-and before the blank stands what was different: TITLE or UPPER, and JOIN where the text has no blank. So "a DataFrame"
-becomes "a", TITLE, " data", TITLE, JOIN, " frame". Only ASCII letters make words. A mark in the text itself, a control
-character that hardly ever occurs, becomes ESCAPE and a sign. Marks stand for no bytes, and a blank behind JOIN for none.
+A plain tokenizer has to learn each of them anew, and a small model too. In marked text a word is lower case behind a
+blank, and before the blank stands what was different: TITLE or UPPER, and JOIN where the text has no blank. So
+"a DataFrame" becomes "a", TITLE, " data", TITLE, JOIN, " frame". Only ASCII letters make words. A mark in the text
+itself, a control character that hardly ever occurs, becomes ESCAPE and a sign. Marks stand for no bytes, nor does a
+blank behind JOIN.
 
 A tokenizer that was trained on marked text has all the marks among its pieces: that is how everybody knows.
 

@@ -70,8 +70,8 @@ def write_text(predictor: Predictor, prompt: bytes, args: argparse.Namespace, ge
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tokens, count, started = predictor.speller.to_tokens(prompt), 0, time.perf_counter()
     reader = Reader(predictor.speller)
-    for token in tokens:
-        reader.read(token)
+    for known in tokens:
+        reader.read(known)
     drawn = generate(predictor, tokens, args.temperature, args.top_p, generator)
     for token in (next(drawn, None) for _ in range(args.tokens)):
         if token is None:
