@@ -57,9 +57,9 @@ WHOLE_NUMBERS = ("artifact_bytes", "steps")
 # Scripts in records/, which a later packer may make differently. They were compared with their readable source when
 # they were made: sha256 of train_gpt.py to sha256 of train_gpt_human.py.
 EARLIER_SCRIPTS = {
-    # records/track_pocket/2026-11-30_Steps
-    "ed81bfdc1b46ffcb9770bcdf8cd03874da9676d26ec348614b7131833da994b9": (
-        "2c2fa376a7eb1db88c0cb5e25720f6a5592c33ca0017c460fd507074899b4763"
+    # records/track_pocket/2026-12-01_Words
+    "ce045689931acf57d470e54aecfe0eb8ababfff9a1f015b653a3a0c8037d0f25": (
+        "5c50ed88ae468ff767583605f88b18e430a78a2c7f171ffa92e2cd375a2ff7d6"
     ),
 }
 

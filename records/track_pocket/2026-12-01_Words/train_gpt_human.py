@@ -945,8 +945,9 @@ its parts, so the two are there when its rank comes.)
 Example: `▁the` is a piece and better than any pair with `e` in it. So `▁th` is never followed by `e`, for the two would
 have been merged.
 
-Pieces that stand for bytes follow the rules of UTF-8. All this holds for BPE without pieces that a user defined: a
-unigram model chooses its pieces by other rules. `check_text` finds out before anything is scored.
+Pieces that stand for bytes follow the rules of UTF-8, and marks of words theirs (words.py). All this holds for BPE
+without pieces that a user defined: a unigram model chooses its pieces by other rules. `check_text` finds out before
+anything is scored.
 """
 
 from __future__ import annotations
@@ -962,6 +963,7 @@ import torch
 from torch import Tensor
 
 from loopgolf.errors import ConfigError
+from loopgolf.words import ESCAPE, JOIN, SIGNS, TITLE, UPPER, has_marks
 
 FLOOR = 2.0**-20  # what all impossible tokens have together
 SPACE = "▁"
@@ -1014,6 +1016,8 @@ def find_allowed_pairs(tokenizer: sentencepiece.SentencePieceProcessor, bos_id: 
     never[merges.unreachable] = True
     never[bos_id] = False
     forbid_broken_characters(allowed, tokenizer, is_byte)
+    if has_marks(tokenizer):
+        forbid_misplaced_marks(allowed, tokenizer, is_byte)
     allowed[bos_id] &= can_begin_document(tokenizer, is_byte)
     allowed[:, never] = False
     allowed[bos_id, bos_id] = True  # an empty document
@@ -1102,6 +1106,29 @@ def forbid_broken_characters(
     allowed[:, np.isin(value, [0xC0, 0xC1, *range(0xF5, 0x100)]) | np.array(has_piece)] = False
 
 
+def forbid_misplaced_marks(
+    allowed: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray
+) -> None:
+    """What mark_words never writes: capitals, marks in another order, and a letter right behind what is no letter."""
+    texts = [tokenizer.id_to_piece(i) for i in range(len(is_byte))]
+    for i in np.flatnonzero(is_byte):
+        texts[i] = chr(int(texts[i][3:5], 16))
+    last = np.array([text[-1] for text in texts])
+    first = np.array([text[0] for text in texts])
+    is_letter = np.array(["a" <= char <= "z" for char in first])
+    begins_word = np.array([text == SPACE or (text[0] == SPACE and text[1].islower()) for text in texts])
+    is_alnum = np.array([char.isalnum() for char in last])
+    is_partial = is_byte & (last > "\x7f")  # of a character that may be anything
+    is_case = np.isin(last, [TITLE, UPPER])
+    allowed[:, [text[0].isascii() and text[0].isupper() for text in texts]] = False
+    allowed[np.ix_(last == JOIN, ~begins_word)] = False
+    allowed[np.ix_(is_case, ~begins_word & (first != JOIN))] = False
+    allowed[np.ix_(last == ESCAPE, ~np.isin(first, list(SIGNS)))] = False
+    allowed[np.ix_(~is_alnum & ~is_partial & (last != SPACE), is_letter)] = False
+    allowed[np.ix_(is_alnum & ~is_partial, first == JOIN)] = False
+    allowed[np.ix_(last == SPACE, first == JOIN)] = False
+
+
 def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray) -> np.ndarray:
     """Where the tokenizer puts a space in front of every text, only pieces that begin with one come first."""
     if not tokenizer.encode("a", out_type=str)[0].startswith(SPACE):
@@ -1115,10 +1142,10 @@ def can_begin_document(tokenizer: sentencepiece.SentencePieceProcessor, is_byte:
     codes = decode_matrices(data, [(rows, columns), ...])      of the part `data` alone, which older files are made of
 
 The columns of a matrix fall into 1 to 16 classes that compress best together (a hidden unit that died has small
-weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes. Every class has its own
-frequency table. All matrices, class after class, column after column, form one
-row of symbols; lane j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states.
-A state lives in [2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
+weights), or its rows do (a rare token has coarse codes), whichever takes fewer bytes: such a matrix is turned. Every
+class has its own frequency table. All matrices, class after class, column after column, form one row of symbols; lane
+j of L codes symbols j, L + j, 2L + j, ... so one step is a few tensor operations on L states. A state lives in
+[2^16, 2^32) and moves 16-bit words. No float decides what is decoded, so every machine agrees.
 
     content := u32 crc of the labels | u32 label bytes | labels | data
     labels := LZMA of u8 per matrix: 1 if it is turned in `data`, 0 if not; u16 per row: 0, or a label of equal rows
@@ -1159,13 +1186,14 @@ def encode_rows(matrices: list[Tensor]) -> bytes:
     if any(codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel() for codes in matrices):
         raise ValueError("only 2-D int8 tensors with at least one code can be encoded")
     labels = [label_rows(codes) for codes in matrices]
-    by_rows, classified = [], []
+    turned, classified = [], []
     for codes, label in zip(matrices, labels):
         kept = codes[find_kept(label)[0]]
         of_columns, of_rows = classify_columns(kept), classify_columns(kept.T)
-        by_rows.append(of_rows.n_bytes < of_columns.n_bytes)
-        classified.append((kept.T, of_rows) if by_rows[-1] else (kept, of_columns))
-    side = bytes(by_rows) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
+        is_turned = of_rows.n_bytes < of_columns.n_bytes
+        turned.append(is_turned)
+        classified.append((kept.T, of_rows) if is_turned else (kept, of_columns))
+    side = bytes(turned) + b"".join(label.numpy().astype("<u2").tobytes() for label in labels)
     packed = compress_side(side)
     return struct.pack("<II", zlib.crc32(packed), len(packed)) + packed + encode_matrices(classified)
 
@@ -1180,15 +1208,14 @@ def decode_rows(data: bytes, shapes: list[tuple[int, int]]) -> list[Tensor]:
     content = decompress_side(packed, n_bytes, "labels")
     if len(content) != n_bytes:
         raise ValueError("labels are of another number of rows")
-    by_rows = [kind != 0 for kind in content[: len(shapes)]]
+    turned = [flag != 0 for flag in content[: len(shapes)]]
     labels = torch.from_numpy(np.frombuffer(content[len(shapes) :], "<u2").astype(np.int32)).split(n_rows)
     found = [find_kept(label) for label in labels]
-    kept_shapes = [(len(rows), columns) for (rows, _), (_, columns) in zip(found, shapes)]
-    coded = decode_matrices(
-        data[8 + size :],
-        [(columns, rows) if is_turned else (rows, columns) for (rows, columns), is_turned in zip(kept_shapes, by_rows)],
-    )
-    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, by_rows)]
+    coded_shapes = []
+    for (rows, _), (_, columns), is_turned in zip(found, shapes, turned):
+        coded_shapes.append((columns, len(rows)) if is_turned else (len(rows), columns))
+    coded = decode_matrices(data[8 + size :], coded_shapes)
+    kept = [codes.T if is_turned else codes for codes, is_turned in zip(coded, turned)]
     return [codes[places] for codes, (_, places) in zip(kept, found)]
 
 
@@ -1432,6 +1459,11 @@ class Curvature(NamedTuple):
     rows: Tensor  # (rows,)
 
 
+def find_hessian(curvatures: Mapping[str, Curvature], name: str) -> Tensor | None:
+    """What steers GPTQ, for parameters that have a curvature."""
+    return curvatures[name].columns if name in curvatures else None
+
+
 class CurvatureMeter:
     """Sums what the gradients of backward passes tell."""
 
@@ -1501,8 +1533,8 @@ class Rows(NamedTuple):
         return (scale * self.wanted).minimum(self.most).maximum(self.least)
 
     def count_bits(self, step: Tensor) -> float:
-        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse. A row
-        too small for a step in fp16 has no codes but zero."""
+        """Of the codes of Gaussian rows, to within some percent: log2(4.13 / ratio) each at fine steps, 0 at coarse.
+        Rows too small for a step in fp16 have no codes but zero."""
         ratio = (step / self.spread)[self.usual > 0].double()
         return self.columns * float((1 + 2 * math.pi * math.e / ratio.square()).log2().sum()) / 2
 
@@ -1526,7 +1558,7 @@ def choose_steps(
 ) -> dict[str, Tensor]:
     """The fp16 step of each row at which a bit buys the same everywhere, with as many bits in all as the k's of the
     grids ask for. Rounding costs curvature * step^2 and saves log2(step) bits per weight, so steps go by 1 /
-    sqrt(curvature)."""
+    sqrt(curvature). Within a matrix and damped, this is in parameter-golf #1412."""
     all_rows = {name: describe_rows(weights[name], grids[name], curvatures[name]) for name in curvatures}
     asked = sum(rows.count_bits(rows.usual) for rows in all_rows.values())
     low, high = 1e-12, 1e12  # curvatures of any loss lie in between
@@ -2699,6 +2731,7 @@ from loopgolf.layers import Adapter, Linear
 from loopgolf.options import option
 from loopgolf.plan import Depth, Pass
 from loopgolf.runtime import RunContext
+from loopgolf.words import JOIN, drop_marks, has_marks
 
 OnPass = Callable[[Pass, Tensor], Tensor]  # sees a pass and the stream after it, returns the stream that goes on
 Lora = Mapping[str, Mapping[str, Adapter]]  # adapters by block and layer
@@ -2796,19 +2829,22 @@ class Meter(Protocol):
 
 class ByteCounter:
     """UTF-8 bytes that tokens stand for: a piece's own bytes, plus one for its leading space unless the previous token
-    is a boundary (a control, unknown or unused id)."""
+    is a boundary (a control, unknown or unused id). Marks of words count nothing, nor does a space behind JOIN."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         ids = range(tokenizer.vocab_size())
         is_special = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
         pieces = [tokenizer.id_to_piece(i) for i in ids]
-        own = [1 if tokenizer.is_byte(i) else len(pieces[i].removeprefix("▁").encode()) for i in ids]
+        is_marked = has_marks(tokenizer)
+        contents = [drop_marks(piece) if is_marked else piece for piece in pieces]
+        own = [1 if tokenizer.is_byte(i) else len(contents[i].removeprefix("▁").encode()) for i in ids]
         self.own_bytes = np.where(is_special, 0, own)
         self.is_boundary = np.array(is_special)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
+        self.is_joint = np.array([is_marked and piece.endswith(JOIN) for piece in pieces])
 
     def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
-        spaces = self.has_space[targets] & ~self.is_boundary[previous]
+        spaces = self.has_space[targets] & ~self.is_boundary[previous] & ~self.is_joint[previous]
         return int(self.own_bytes[targets].sum() + spaces.sum())
 
 
@@ -3377,6 +3413,125 @@ def load_checkpoint(path: Path, state: TrainState, device: torch.device) -> dict
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         why = f"not a checkpoint of this run ({error.__class__.__name__})"
         raise DataError(f"{path}: {why}; delete it to start over") from None
+# ==== loopgolf/words.py ====
+"""One form for every word: `the`, `The`, `THE` and the end of `_the` are one word, and marks say what it looked like.
+
+A plain tokenizer has to learn each of them anew, and a small model too. In marked text a word is lower case behind a
+blank, and before the blank stands what was different: TITLE or UPPER, and JOIN where the text has no blank. So
+"a DataFrame" becomes "a", TITLE, " data", TITLE, JOIN, " frame". Only ASCII letters make words. A mark in the text
+itself, a control character that hardly ever occurs, becomes ESCAPE and a sign. Marks stand for no bytes, nor does a
+blank behind JOIN.
+
+A tokenizer that was trained on marked text has all the marks among its pieces: that is how everybody knows.
+
+(Marks for case: CaseOps, parameter-golf #1729; marks for joints too: case_markup and joiner_annotate of OpenNMT's
+Tokenizer.)
+"""
+
+from __future__ import annotations
+
+import re
+
+import sentencepiece
+
+TITLE, UPPER, JOIN, ESCAPE = MARKS = "\x01\x02\x03\x04"
+SIGNS = "!#$%"  # one for each mark, of one byte as it, and no part of a word either
+WORD = re.compile(f"[{MARKS}]|(?P<blank> ?)(?P<word>[A-Z]{{2,}}(?![a-z])|[A-Z][a-z]*|[a-z]+)")
+
+
+def has_marks(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
+    return all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKS)
+
+
+def drop_marks(piece: str) -> str:
+    return piece.translate(dict.fromkeys(map(ord, MARKS)))
+
+
+def mark_words(text: str) -> str:
+    return WORD.sub(mark_word, text)
+
+
+def mark_word(found: re.Match[str]) -> str:
+    word = found["word"]
+    if word is None:
+        return ESCAPE + SIGNS[MARKS.index(found[0])]
+    lower = word.lower()
+    case = ""
+    if word != lower:
+        case = UPPER if len(word) > 1 and word.isupper() else TITLE
+    if found["blank"]:
+        return f"{case} {lower}"
+    at = found.start()
+    goes_on = at == 0 or found.string[at - 1].isalnum()  # a document's first blank is the tokenizer's; `nd` of `2nd`
+    if goes_on and not case:
+        return lower
+    return f"{case}{JOIN} {lower}"
+
+
+def unmark_words(text: str) -> str:
+    return Unmarker().feed(text.encode()).decode()
+
+
+def decode_tokens(tokenizer: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> str:
+    """The text of a document."""
+    text = tokenizer.decode(tokens)
+    return unmark_words(text) if has_marks(tokenizer) else text
+
+
+class Unmarker:
+    """Marked bytes to those of the text, in any pieces."""
+
+    def __init__(self) -> None:
+        self.case = ""  # TITLE or UPPER while it holds
+        self.is_inside = False  # a word in upper case has begun
+        self.is_joined = False
+        self.is_escaped = False
+
+    def feed(self, content: bytes) -> bytes:
+        return b"".join(self.read(content[at : at + 1]) for at in range(len(content)))
+
+    def read(self, byte: bytes) -> bytes:
+        if self.is_escaped:
+            self.is_escaped = False
+            return self.read_escaped(byte)
+        is_letter = b"a" <= byte <= b"z"
+        if self.is_inside and not is_letter:
+            self.case = ""
+            self.is_inside = False
+        if is_letter:
+            return self.read_letter(byte)
+        if byte == b" ":
+            blank = b"" if self.is_joined else byte
+            self.is_joined = False
+            return blank
+        return self.read_other(byte)
+
+    def read_letter(self, byte: bytes) -> bytes:
+        letter = byte.upper() if self.case else byte
+        if self.case == TITLE:
+            self.case = ""
+        self.is_inside = self.case == UPPER
+        self.is_joined = False
+        return letter
+
+    def read_other(self, byte: bytes) -> bytes:
+        char = chr(byte[0])
+        if char in (TITLE, UPPER):
+            self.case = char
+            return b""
+        if char == JOIN:
+            self.is_joined = True
+            return b""
+        self.case = ""
+        self.is_joined = False
+        if char == ESCAPE:
+            self.is_escaped = True
+            return b""
+        return byte
+
+    def read_escaped(self, byte: bytes) -> bytes:
+        sign = chr(byte[0])
+        return MARKS[SIGNS.index(sign)].encode() if sign in SIGNS else byte
 # ==== train_gpt.py ====
 """loopgolf: train a looped language model for a fixed time, put it in a file, prove how well that file predicts text.
 
@@ -3432,7 +3587,7 @@ from kernels.head import head_loss_torch, softcap, softcap_logits
 from kernels.newton_schulz import COEFFICIENTS, Coefficients, orthogonalize_ref
 from loopgolf.artifact import Artifact, Described, Layout, pack_artifact, unpack_artifact
 from loopgolf.cache import Cache, Kept, KeysValues
-from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps
+from loopgolf.curvature import Curvature, CurvatureMeter, choose_steps, find_hessian
 from loopgolf.errors import (
     ArtifactError,
     ConfigError,
@@ -3480,6 +3635,7 @@ from loopgolf.runtime import (
 from loopgolf.scoring import BpbMeter, ByteCounter, Lora, Mask, OnPass, Score, Scoring, WindowScorer, score_tokens
 from loopgolf.source import find_counted, hash_files
 from loopgolf.state import MasterWeights, TrainState, WeightAverage, load_checkpoint, save_checkpoint
+from loopgolf.words import decode_tokens
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config and recipes
@@ -3728,10 +3884,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         # the challenge at 1/100: weights in 160,000 bytes, two minutes of two processor cores
         plan="a(b)*2c", model_dim=64, num_heads=1, num_kv_heads=1, head_dim=64, rope_dims=32, mlp_mult=4.0,
         parallel_passes="all", look_back=2, skip_gates=True, bigram_buckets=0, ve_passes="all", ve_dim=32,
-        doc_attention=True, vocab_size=2048, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
+        doc_attention=True, vocab_size=3072, seq_len=256, batch_tokens=2048, max_wallclock_seconds=120.0,
         byte_limit=160_000, code_reserve=0, embed_k=60.0, table_k=60.0, step_bits=3, row_steps="loss",
-        qat_start=1.0,
-        matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
+        qat_start=1.0, matrix_lr=0.02, table_lr=0.025, vector_lr=0.05, weight_decay=0.1, momentum=0.9, beta2=0.98,
         newton_schulz="polar_express", row_norm=True, canonical=True, recall_share=0.15,
         warmdown=0.5, final_lr=0.02, average="none", calibration_tokens=32768,
         score_mode="banded", score_documents=184, score_batch=16, eval_budget=120.0,
@@ -4996,6 +5151,7 @@ class TimeForBatches:
 
 
 def wants_tokens(config: Config) -> Callable[[int], bool]:
+    """Whether so many tokens are fewer than the run calibrates on when no clock decides."""
     return lambda consumed: consumed < config.calibration_tokens
 
 
@@ -5016,8 +5172,8 @@ def calibrate(
     rows = max(1, CALIBRATED_AT_ONCE // settings.seq_len)
     if config.micro_batch:
         rows = min(rows, config.micro_batch)
-
-    def measure(consumed: int) -> None:
+    consumed = 0
+    while wants_more(consumed):
         inputs, targets = load_batch(text, consumed, settings, ctx)
         for x, y in zip(inputs.split(rows), targets.split(rows)):
             states = model.hidden(x)
@@ -5026,10 +5182,6 @@ def calibrate(
             capped = softcap(logits.float(), config.softcap)
             F.cross_entropy(capped.flatten(0, 1), y.flatten(), reduction="sum").backward()
         ctx.sync()
-
-    consumed = 0
-    while wants_more(consumed):
-        measure(consumed)
         consumed += settings.batch_tokens
     ctx.log("calibration", tokens=consumed)
     return meter.totals(ctx.sum)
@@ -5140,8 +5292,7 @@ def encode_artifact(
     grids = {name: form for name, form in formats.items() if isinstance(form, RowGrid)}
     steps = choose_steps(weights, grids, curvatures) if config.row_steps == "loss" else {}
     for name, described in layout.items():
-        hessian = curvatures[name].columns if name in curvatures else None
-        tensors = described.format.quantize(weights[name], hessian, steps.get(name))
+        tensors = described.format.quantize(weights[name], find_hessian(curvatures, name), steps.get(name))
         raw |= zip(described.stored(name), tensors)
     return pack_artifact(config.stored(), layout, raw, identity)
 
@@ -5329,7 +5480,7 @@ def hash_text(documents: list[np.ndarray], tokenizer: Tokenizer) -> str:
     """sha256 of the text, whatever the vocabulary."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(tokenizer.model.decode(document.tolist()).encode() + b"\n")
+        digest.update(decode_tokens(tokenizer.model, document.tolist()).encode() + b"\n")
     return digest.hexdigest()
 
 
