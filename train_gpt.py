@@ -100,7 +100,7 @@ from loopgolf.runtime import (
 from loopgolf.scoring import BpbMeter, ByteCounter, Lora, Mask, OnPass, Score, Scoring, WindowScorer, score_tokens
 from loopgolf.source import find_counted, hash_files
 from loopgolf.state import MasterWeights, TrainState, WeightAverage, load_checkpoint, save_checkpoint
-from loopgolf.words import decode_tokens
+from loopgolf.words import decode_document
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config and recipes
@@ -1945,7 +1945,7 @@ def hash_text(documents: list[np.ndarray], tokenizer: Tokenizer) -> str:
     """sha256 of the text, whatever the vocabulary."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(decode_tokens(tokenizer.model, document.tolist()).encode() + b"\n")
+        digest.update(decode_document(tokenizer.model, document.tolist()).encode() + b"\n")
     return digest.hexdigest()
 
 

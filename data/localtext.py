@@ -49,14 +49,13 @@ from data.folder import (
     tidy_when_terminated,
     write_manifest,
 )
-from data.tokenizer import encode_documents, is_validation, train_tokenizer
+from data.tokenizer import VAL_FRACTION, encode_documents, is_validation, train_tokenizer
 from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CHARS = 200
-VAL_FRACTION = 0.05
 HELD_OUT_FRACTION = 0.03  # of all documents, those that come next in the order of the split
 SHINGLE_WORDS = 4
 # Tests hold little prose, and some systems leave them out.

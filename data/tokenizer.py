@@ -3,10 +3,10 @@
     python -m data.tokenizer train --out FILE [--vocab_size N] [--mark_words] FILES...
     python -m data.tokenizer encode --tokenizer FILE --out FOLDER FILES...
 
-FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line), or one dataset folder:
-`train` reads its training documents, `encode` encodes all of them anew and keeps its split. A document becomes
-BOS and its pieces. Byte-exact means: the bytes that the challenge's rule counts for a document's pieces are its
-UTF-8 bytes, and decoding gives the document back.
+FILES are .txt (one document each), .jsonl or .jsonl.zst (one {"text": ...} per line). A dataset folder works too:
+`train` reads its training documents; `encode`, which takes it alone, keeps its split. A document becomes BOS and
+its pieces. Byte-exact means: the bytes that the challenge's rule counts for a document's pieces, marks of words and
+what they hide apart, are its UTF-8 bytes, and decoding gives the document back.
 """
 
 import functools
@@ -41,9 +41,10 @@ from data.shards import find_shards, read_shard, write_shard
 from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program, write_atomic
-from loopgolf.words import MARKS, decode_tokens, has_marks, mark_words
+from loopgolf.words import MARKS, decode_document, has_marks, mark_words
 
 SHARD_TOKENS = 100_000_000  # the challenge's own
+VAL_FRACTION = 0.05  # of all documents, if nobody says another
 TRAINING_BYTES = 50_000_000  # more text changes few merges and only costs time
 SENTENCE_CHARS = 16_000  # SentencePiece drops sentences above its limit, and fails on words above 65,535
 BATCH_CHARS = 500_000  # one task of a worker process
@@ -77,7 +78,7 @@ def sample_evenly(sentences: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 1024, marked: bool = False) -> None:
-    """Train a byte-exact BPE tokenizer; the same texts give the same file, byte for byte. `marked`: of marked words."""
+    """Train a byte-exact BPE tokenizer; the same texts give the same file, byte for byte. `marked`: on marked text."""
     sentences, model = sample_evenly(cut_sentences(texts), TRAINING_BYTES), io.BytesIO()
     if not sentences:
         raise DataError(f"{path}: no text to train a tokenizer on; give files that hold text")
@@ -111,6 +112,8 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 10
             f"{path}: cannot train {vocab_size} pieces on this text ({reason}); "
             "choose another --vocab_size or give more text"
         ) from None
+    if has_marks(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())) != marked:
+        raise DataError(f"{path}: a tokenizer of this text would pass for one with marks of words; add --mark_words")
     write_atomic(Path(path), model.getvalue())
 
 
@@ -132,10 +135,10 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
 
 def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     """BOS, then the pieces of the text, with marks for its words where the tokenizer has them."""
-    return [tokenizer.bos_id(), *spell_text(tokenizer, mark_words(text) if has_marks(tokenizer) else text)]
+    return [tokenizer.bos_id(), *encode_text(tokenizer, mark_words(text) if has_marks(tokenizer) else text)]
 
 
-def spell_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+def encode_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     """The pieces of a text.
 
     SentencePiece writes a blank as U+2581 and would read a U+2581 of the text as a blank. That character is
@@ -150,7 +153,7 @@ def spell_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> li
         if letter not in text and tokenizer.piece_to_id(letter) == tokenizer.unk_id()
     )
     wanted, found = spell_bytes(tokenizer, SPACE_MARKER), spell_bytes(tokenizer, stand_in)
-    ids, position = spell_text(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
+    ids, position = encode_text(tokenizer, text.replace(SPACE_MARKER, stand_in)), 0
     while position < len(ids):
         if ids[position : position + 3] == found:
             ids[position : position + 3] = wanted
@@ -173,9 +176,10 @@ def read_documents(folder: str | Path, split: str) -> Iterator[str]:
         first, *others = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id()))
         unfinished = np.concatenate([unfinished, first])
         for document in others:
-            yield decode_tokens(tokenizer, unfinished.tolist())
+            if len(unfinished):
+                yield decode_document(tokenizer, unfinished.tolist())
             unfinished = document
-    yield decode_tokens(tokenizer, unfinished.tolist())
+    yield decode_document(tokenizer, unfinished.tolist())
 
 
 def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
@@ -190,7 +194,7 @@ def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
         elif path.suffix == ".jsonl" or path.name.endswith(".jsonl.zst"):
             yield from read_json_lines(path)
         else:
-            raise DataError(f"{path}: unknown kind of file; give .txt, .jsonl or .jsonl.zst")
+            raise DataError(f"{path}: unknown kind of file; give .txt, .jsonl, .jsonl.zst or a dataset folder")
 
 
 def read_json_lines(path: Path) -> Iterator[str]:
@@ -327,7 +331,7 @@ def encode_documents(
     tokenizer_path: str | Path,
     folder: str | Path,
     name: str = "text",
-    val_fraction: float = 0.05,
+    val_fraction: float = VAL_FRACTION,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
 ) -> dict[str, dict[str, int]]:
@@ -359,9 +363,11 @@ def encode_folder(
     workers: int | None,
 ) -> dict[str, dict[str, int]]:
     """The documents of a dataset folder with another tokenizer, each in the split where it was."""
+    splits = [split for split in ("train", "val") if any(Path(source).glob(f"*_{split}_*.bin"))]
     counts = {}
-    for split, val_fraction in (("train", 0.0), ("val", 1.0)):
+    for split in splits or ["train"]:  # where there is none, it is missed
         texts = read_documents(source, split)
+        val_fraction = 1.0 if split == "val" else 0.0
         encoded = encode_documents(texts, tokenizer_path, folder, name, val_fraction, shard_tokens, workers)
         counts[split] = encoded[split]
     return counts
@@ -379,23 +385,30 @@ def check_counts(counts: dict[str, dict[str, int]], val_fraction: float) -> dict
 # --- command line
 
 
-def train_command(files: list[str], out: str, vocab_size: int, mark_words: bool) -> None:
-    train_tokenizer(read_texts(files), out, vocab_size, mark_words)
+def train_command(files: list[str], out: str, vocab_size: int, marked: bool) -> None:
+    train_tokenizer(read_texts(files), out, vocab_size, marked)
     log("tokenizer", vocab_size=vocab_size, sha256=compute_sha256(Path(out)), file=out)
 
 
 def encode_command(
-    files: list[str], out: str, tokenizer: str, name: str, val_fraction: float, shard_tokens: int, workers: int | None
+    files: list[str],
+    out: str,
+    tokenizer: str,
+    name: str,
+    val_fraction: float | None,
+    shard_tokens: int,
+    workers: int | None,
 ) -> None:
     pieces = len(load_tokenizer(tokenizer))
-    is_folder = [Path(file).is_dir() for file in files]
-    if any(is_folder) and len(files) > 1:
-        raise DataError(f"{files[is_folder.index(True)]}: a dataset folder keeps its split; encode it alone")
+    folders = [file for file in files if Path(file).is_dir()]
+    if folders and (len(files) > 1 or val_fraction is not None):
+        raise DataError(f"{folders[0]}: a dataset folder keeps its split; encode it alone, without --val_fraction")
     with building(out) as folder:
-        if any(is_folder):
-            counts = encode_folder(files[0], tokenizer, folder, name, shard_tokens, workers)
+        if folders:
+            counts = encode_folder(folders[0], tokenizer, folder, name, shard_tokens, workers)
         else:
-            counts = encode_documents(read_texts(files), tokenizer, folder, name, val_fraction, shard_tokens, workers)
+            share = VAL_FRACTION if val_fraction is None else val_fraction
+            counts = encode_documents(read_texts(files), tokenizer, folder, name, share, shard_tokens, workers)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_manifest(folder, {"name": name, "vocab_size": pieces, "splits": counts})
     for split, fields in counts.items():
@@ -415,20 +428,20 @@ def main(argv: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a tokenizer on text files")
     train.add_argument("--vocab_size", type=positive, default=1024, help="number of pieces (1024)")
     train.add_argument(
-        "--mark_words", action="store_true", help="one form for every word, and marks (see loopgolf/words.py)"
+        "--mark_words", dest="marked", action="store_true", help="one form for every word, and marks (see docs)"
     )
     train.add_argument("--out", required=True, help="the tokenizer file to write")
     encode = commands.add_parser("encode", help="turn text files into a dataset folder")
     encode.add_argument("--tokenizer", required=True, help="a SentencePiece model with byte pieces")
     encode.add_argument("--out", required=True, help="the dataset folder to write; must not exist")
     encode.add_argument("--name", default="text", help="first part of the names of the shards (text)")
-    encode.add_argument("--val_fraction", type=fraction, default=0.05, help="share for validation (0.05)")
+    encode.add_argument("--val_fraction", type=fraction, help=f"share for validation ({VAL_FRACTION})")
     encode.add_argument(
         "--shard_tokens", type=positive, default=SHARD_TOKENS, metavar="N", help=f"tokens per shard ({SHARD_TOKENS})"
     )
     encode.add_argument("--workers", type=positive, help="processes (one per core)")
     for command in (train, encode):
-        command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst, or one dataset folder")
+        command.add_argument("files", nargs="+", help=".txt, .jsonl or .jsonl.zst; or a dataset folder")
     args = vars(parser.parse_args(argv))
     programs: dict[str, Callable[..., None]] = {"train": train_command, "encode": encode_command}
     program = programs[args.pop("command")]

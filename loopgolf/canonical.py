@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from string import ascii_lowercase, ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from loopgolf.words import ESCAPE, JOIN, SIGNS, TITLE, UPPER, has_marks
 
 FLOOR = 2.0**-20  # what all impossible tokens have together
 SPACE = "▁"
+WORD_STARTS = [SPACE + letter for letter in ascii_lowercase]
 
 
 class CanonicalMask:
@@ -181,18 +183,21 @@ def forbid_broken_characters(
 def forbid_misplaced_marks(
     allowed: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor, is_byte: np.ndarray
 ) -> None:
-    """What mark_words never writes: capitals, marks in another order, and a letter right behind what is no letter."""
-    texts = [tokenizer.id_to_piece(i) for i in range(len(is_byte))]
+    """What mark_words never writes: capitals, marks in another order, and a small letter right behind what is neither
+    letter nor digit."""
+    size = len(is_byte)
+    is_special = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i) for i in range(size)])
+    texts = ["" if is_special[i] else tokenizer.id_to_piece(i) for i in range(size)]
     for i in np.flatnonzero(is_byte):
         texts[i] = chr(int(texts[i][3:5], 16))
-    last = np.array([text[-1] for text in texts])
-    first = np.array([text[0] for text in texts])
-    is_letter = np.array(["a" <= char <= "z" for char in first])
-    begins_word = np.array([text == SPACE or (text[0] == SPACE and text[1].islower()) for text in texts])
+    first = np.array([text[:1] for text in texts])
+    last = np.array([text[-1:] for text in texts])
+    is_letter = np.isin(first, list(ascii_lowercase))
+    begins_word = np.array([text == SPACE or text[:2] in WORD_STARTS for text in texts])
     is_alnum = np.array([char.isalnum() for char in last])
-    is_partial = is_byte & (last > "\x7f")  # of a character that may be anything
+    is_partial = is_special | (is_byte & (last > "\x7f"))  # what the text has there may be anything
     is_case = np.isin(last, [TITLE, UPPER])
-    allowed[:, [text[0].isascii() and text[0].isupper() for text in texts]] = False
+    allowed[:, np.isin(first, list(ascii_uppercase))] = False
     allowed[np.ix_(last == JOIN, ~begins_word)] = False
     allowed[np.ix_(is_case, ~begins_word & (first != JOIN))] = False
     allowed[np.ix_(last == ESCAPE, ~np.isin(first, list(SIGNS)))] = False

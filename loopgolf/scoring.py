@@ -135,10 +135,10 @@ class ByteCounter:
         self.own_bytes = np.where(is_special, 0, own)
         self.is_boundary = np.array(is_special)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_boundary
-        self.is_joint = np.array([is_marked and piece.endswith(JOIN) for piece in pieces])
+        self.joins_next = np.array([is_marked and piece.endswith(JOIN) for piece in pieces])
 
     def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
-        spaces = self.has_space[targets] & ~self.is_boundary[previous] & ~self.is_joint[previous]
+        spaces = self.has_space[targets] & ~self.is_boundary[previous] & ~self.joins_next[previous]
         return int(self.own_bytes[targets].sum() + spaces.sum())
 
 

@@ -1,12 +1,13 @@
 """One form for every word: `the`, `The`, `THE` and the end of `_the` are one word, and marks say what it looked like.
 
-A plain tokenizer has to learn each of them anew, and a small model too. In marked text a word is lower case behind a
-blank, and before the blank stands what was different: TITLE or UPPER, and JOIN where the text has no blank. So
-"a DataFrame" becomes "a", TITLE, " data", TITLE, JOIN, " frame". Only ASCII letters make words. A mark in the text
-itself, a control character that hardly ever occurs, becomes ESCAPE and a sign. Marks stand for no bytes, nor does a
-blank behind JOIN.
+A plain tokenizer learns each of them anew, which a small model can ill afford. In marked text a word is lower case
+behind a blank, and before the blank stands how it differed: TITLE or UPPER, and JOIN where the text has no blank. So
+"a DataFrame" becomes "a", TITLE, " data", TITLE, JOIN, " frame". Only ASCII letters make words; small ones behind a
+digit or another letter stay as they are ("2nd"). A mark in the text itself, a control character that hardly ever
+occurs, becomes ESCAPE and a sign. Marks stand for no bytes, nor does a blank behind JOIN.
 
-A tokenizer that was trained on marked text has all the marks among its pieces: that is how everybody knows.
+A tokenizer that was trained on marked text has all the marks among its pieces and no capitals: that is how programs
+recognise it. It normalizes nothing and begins another piece at each blank, as those of data/tokenizer.py.
 
 (Marks for case: CaseOps, parameter-golf #1729; marks for joints too: case_markup and joiner_annotate of OpenNMT's
 Tokenizer.)
@@ -15,16 +16,18 @@ Tokenizer.)
 from __future__ import annotations
 
 import re
+from string import ascii_uppercase
 
 import sentencepiece
 
 TITLE, UPPER, JOIN, ESCAPE = MARKS = "\x01\x02\x03\x04"
-SIGNS = "!#$%"  # one for each mark, of one byte as it, and no part of a word either
+SIGNS = "!#$%"  # one per mark: a single byte, as the mark is, and not a letter
 WORD = re.compile(f"[{MARKS}]|(?P<blank> ?)(?P<word>[A-Z]{{2,}}(?![a-z])|[A-Z][a-z]*|[a-z]+)")
 
 
 def has_marks(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    return all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKS)
+    has_piece = [tokenizer.piece_to_id(char) != tokenizer.unk_id() for char in MARKS + ascii_uppercase]
+    return all(has_piece[: len(MARKS)]) and not any(has_piece[len(MARKS) :])
 
 
 def drop_marks(piece: str) -> str:
@@ -56,18 +59,17 @@ def unmark_words(text: str) -> str:
     return Unmarker().feed(text.encode()).decode()
 
 
-def decode_tokens(tokenizer: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> str:
-    """The text of a document."""
+def decode_document(tokenizer: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> str:
     text = tokenizer.decode(tokens)
     return unmark_words(text) if has_marks(tokenizer) else text
 
 
 class Unmarker:
-    """Marked bytes to those of the text, in any pieces."""
+    """Turns marked bytes back into those of the text; they may come in pieces of any size."""
 
     def __init__(self) -> None:
         self.case = ""  # TITLE or UPPER while it holds
-        self.is_inside = False  # a word in upper case has begun
+        self.is_inside = False  # UPPER holds, and the word has begun
         self.is_joined = False
         self.is_escaped = False
 

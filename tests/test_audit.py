@@ -355,7 +355,7 @@ class CountsJoinedSpaces(ByteCounter):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
-        self.is_joint = np.zeros_like(self.is_joint)
+        self.joins_next = np.zeros_like(self.joins_next)
 
 
 @pytest.mark.parametrize("counter", [CountsNames, CountsEverySpace])

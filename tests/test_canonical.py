@@ -4,6 +4,7 @@ and the score of a file that decodes.
 pytest tests/test_canonical.py
 """
 
+import io
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from data.tokenizer import encode_document, train_tokenizer
 from loopgolf.canonical import FLOOR, CanonicalMask, find_allowed_pairs, mask_log_probs
 from loopgolf.errors import ConfigError
 from loopgolf.scoring import ByteCounter
-from loopgolf.words import ESCAPE, JOIN, TITLE, has_marks
+from loopgolf.words import ESCAPE, JOIN, MARKS, TITLE, has_marks, mark_words
 from tools import codec
 from tools.audit import audit
 from tools.lib.predictor import load_predictor
@@ -108,6 +109,20 @@ def test_what_stands_around_marks(marked_tokenizer):
     assert follows("e", "(") and follows("0", "e") and not follows("(", "e"), "it is joined there"
     assert not follows("e", JOIN) and not follows("▁", JOIN) and follows("e", TITLE)
     assert not allowed[:, marked_tokenizer.piece_to_id("<0x41>")].any(), "there are no capitals"
+
+
+def test_marks_and_control_tokens_of_any_name(documents):
+    """What control tokens are called is no text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(map(mark_words, documents)), model_writer=model, model_type="bpe", vocab_size=500,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, required_chars=MARKS, bos_piece="BOS",
+        byte_fallback=True, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    other = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert has_marks(other)
+    tokens = [token for text in documents for token in encode_document(other, text)]
+    CanonicalMask(other, 1, torch.device("cpu")).check_text(torch.tensor(tokens))
 
 
 def test_tokenizers_of_another_kind_are_refused(documents, tmp_path):

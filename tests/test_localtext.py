@@ -36,7 +36,7 @@ from data.fineweb import verify
 from data.localtext import Document, Source, collect_documents, compute_shingles, drop_near_duplicates
 from data.shards import find_shards, read_shard
 from data.tokenizer import is_validation, load_tokenizer
-from loopgolf.words import decode_tokens
+from loopgolf.words import decode_document
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [a + b + c for a in ("ba", "ko", "mi", "tu") for b in ("ren", "sal", "tid") for c in ("", "do", "ly")]
@@ -277,7 +277,7 @@ def decode_texts(folder: Path) -> dict[str, list[str]]:
     for split in ("train", "val"):
         tokens = np.concatenate([read_shard(path) for path in find_shards(folder, split)])
         parts = np.split(tokens, np.flatnonzero(tokens == model.bos_id())[1:])
-        texts[split] = [decode_tokens(model, part.tolist()) for part in parts]
+        texts[split] = [decode_document(model, part.tolist()) for part in parts]
     return texts
 
 

@@ -189,6 +189,12 @@ def test_spans_cover_everything_once(pieces):
     assert spans[0].start == 0 and all(a.start < b.start for a, b in pairwise(spans))
 
 
+def test_the_bits_of_marks_are_shown_with_their_word():
+    pieces, bits = [b"a", b"", b" then", b"", b"\xc3", b"\xa9"], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    (span,) = surprise.cut_spans(pieces, np.array(bits))
+    assert span.parts == [("a", 1.0), (" then", 6 / 5), ("é", 56 / 2)] and span.bpb == 63 / 8
+
+
 def test_a_terminal_gets_colours_but_no_control_characters():
     span = surprise.Span(0, 1.0, [("a\x1b[2J", 0.0), ("\n\x07é", 99.0)])
     assert surprise.paint(span, False) == "a·[2J⏎·é"

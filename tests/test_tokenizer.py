@@ -23,7 +23,7 @@ from data import tokenizer as program
 from data.shards import find_shards, read_shard
 from data.tokenizer import encode_document, load_tokenizer, read_texts, train_tokenizer
 from loopgolf.errors import DataError
-from loopgolf.words import JOIN, MARKS, decode_tokens, has_marks
+from loopgolf.words import JOIN, MARKS, decode_document, has_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = [
@@ -104,7 +104,7 @@ def assert_exact(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> 
     ids = encode_document(tokenizer, text)
     assert ids[0] == tokenizer.bos_id() and tokenizer.bos_id() not in ids[1:], ascii(text)
     assert count_bytes(tokenizer, ids) == len(text.encode()), ascii(text)
-    assert decode_tokens(tokenizer, ids) == text
+    assert decode_document(tokenizer, ids) == text
 
 
 def test_bytes_of_odd_texts(tokenizer: sentencepiece.SentencePieceProcessor) -> None:
@@ -137,6 +137,16 @@ def test_training_is_repeatable(model: Path, marked: bool, tmp_path: Path) -> No
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
 
 
+def test_control_characters_are_no_marks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, text = tmp_path / "t.model", "the ab\x01cd\x02ef\x03gh\x04 _the " * 50
+    train_tokenizer([f"The {text}"], path, vocab_size=285)
+    assert not has_marks(load_tokenizer(path))
+    assert_exact(load_tokenizer(path), "ab\x01cd The\x03 x")
+    (tmp_path / "a.txt").write_text(text)
+    assert program.main(["train", "--out", str(path), "--vocab_size=285", str(tmp_path / "a.txt")]) == 2
+    assert "would pass for one with marks of words; add --mark_words" in capsys.readouterr().err
+
+
 def test_long_documents_are_trained_on(tmp_path: Path) -> None:
     train_tokenizer(["b" * 70_000 + " zyxwvut" * 40_000], tmp_path / "long.model", vocab_size=280)
     assert len(encode_document(load_tokenizer(tmp_path / "long.model"), "zyxwvut")) == 2
@@ -167,7 +177,7 @@ def decode_split(folder: Path, split: str) -> list[str]:
     tokens = np.concatenate([read_shard(path, len(tokenizer)) for path in find_shards(folder, split)])
     starts = np.flatnonzero(tokens == tokenizer.bos_id())
     assert starts[0] == 0
-    return [decode_tokens(tokenizer, document.tolist()) for document in np.split(tokens, starts[1:])]
+    return [decode_document(tokenizer, document.tolist()) for document in np.split(tokens, starts[1:])]
 
 
 def encode(files: list[Path], model: Path, out: Path, **options: object) -> dict[str, bytes]:
@@ -226,9 +236,15 @@ def test_a_dataset_folder_is_encoded_anew(
     for split in ("train", "val"):
         for key in ("documents", "text_bytes"):
             assert counts[0][split][key] == counts[1][split][key]
-    command = ["encode", "--tokenizer", str(model), "--out", str(tmp_path / "c"), str(tmp_path / "a.jsonl")]
-    assert program.main([*command, str(tmp_path / "old")]) == 2
-    assert f"{tmp_path / 'old'}: a dataset folder keeps its split; encode it alone" in capsys.readouterr().err
+    command = ["encode", "--tokenizer", str(model), "--out", str(tmp_path / "c"), str(tmp_path / "old")]
+    for more in (str(tmp_path / "a.jsonl"), "--val_fraction=0.05"):
+        assert program.main([*command, more]) == 2
+        assert f"{tmp_path / 'old'}: a dataset folder keeps its split; encode it alone" in capsys.readouterr().err
+    for path in find_shards(tmp_path / "old", "train"):
+        path.unlink()
+    encode([tmp_path / "old"], tmp_path / "b.model", tmp_path / "half")
+    assert decode_split(tmp_path / "half", "val") == decode_split(tmp_path / "old", "val")
+    assert [path.name for path in (tmp_path / "half").glob("*.bin")] == ["text_val_000000.bin"]
 
 
 @pytest.mark.usefixtures("no_workers")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.tokenizer import encode_document
 from loopgolf.scoring import ByteCounter
-from loopgolf.words import MARKS, Unmarker, decode_tokens, drop_marks, has_marks, mark_words, unmark_words
+from loopgolf.words import MARKS, Unmarker, decode_document, drop_marks, has_marks, mark_words, unmark_words
 
 SHOWN = str.maketrans(MARKS, "TUJE")  # for reading; the texts here have none of these letters
 PARTS = ["the", "The", "THE", "a", "A", "éa", " ", "  ", "\n", "_", "(", "2", ".", "▁", "😀", *MARKS, "0", "3"]
@@ -77,14 +77,14 @@ def test_marks_in_disorder_do_no_harm(content):
 @given(texts)
 def test_tokens_come_back_and_their_bytes_are_those_of_the_text(marked_tokenizer, text):
     tokens = encode_document(marked_tokenizer, text)
-    assert decode_tokens(marked_tokenizer, tokens) == text
+    assert decode_document(marked_tokenizer, tokens) == text
     row = np.array(tokens)
     assert ByteCounter(marked_tokenizer).count(row[:-1], row[1:]) == len(text.encode())
 
 
 def test_who_has_marks(tokenizer, marked_tokenizer):
     assert has_marks(marked_tokenizer) and not has_marks(tokenizer)
-    assert decode_tokens(tokenizer, tokenizer.encode("The end_Of")) == "The end_Of"
+    assert decode_document(tokenizer, tokenizer.encode("The end_Of")) == "The end_Of"
 
 
 def test_marks_share_words(tokenizer, marked_tokenizer, documents):

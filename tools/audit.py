@@ -41,7 +41,7 @@ from loopgolf.errors import ConfigError, Stop
 from loopgolf.options import Parser
 from loopgolf.runtime import Log, run_program, write_atomic
 from loopgolf.scoring import BpbMeter, ByteCounter, Window, WindowScorer, score_tokens
-from loopgolf.words import decode_tokens
+from loopgolf.words import decode_document
 from tools.lib.runlog import RunError
 
 RULES = ("causal", "normalized", "score-before-update", "once", "bytes", "documents")
@@ -340,7 +340,7 @@ def check_bytes(verdict: Verdict, text: Tensor, bos_id: int, counter: ByteCounte
 
 
 def count_utf8(tokenizer, ids: list[int]) -> int:
-    return len(decode_tokens(tokenizer, ids).encode())
+    return len(decode_document(tokenizer, ids).encode())
 
 
 def explain_bytes(verdict: Verdict, tokens, start: int, stop: int, counter: ByteCounter, tokenizer) -> None:

@@ -212,7 +212,7 @@ def unpack_file(content: bytes) -> tuple[dict, bytes]:
         is_good = {name: type(value) for name, value in header.items()} == TYPES and header["tokens"] >= 0
     except (ValueError, AttributeError, RecursionError):
         is_good = False
-    # a token stands for a byte, but for marks and the space that may open a document
+    # every token but marks, and the space that may open a document, stands for a byte at least
     if not is_good or header["tokens"] > MOST_TOKENS * (header["bytes"] + 1) or header["mode"] not in train_gpt.SCORERS:
         raise DamagedFile("its header does not hold what this version writes")
     return header, content[16 + header_bytes : -32]

@@ -25,7 +25,7 @@ from torch import Tensor
 from loopgolf.cache import Cache
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
-from tools.lib.predictor import InputError, Predictor, Reader, add_model_options, load_predictor
+from tools.lib.predictor import InputError, Predictor, TokenReader, add_model_options, load_predictor
 
 
 def keep_top(probs: Tensor, top_p: float) -> Tensor:
@@ -69,7 +69,7 @@ def write_text(predictor: Predictor, prompt: bytes, args: argparse.Namespace, ge
     """Continues the prompt on stdout; a character comes out as soon as the last of its bytes is drawn."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tokens, count, started = predictor.speller.to_tokens(prompt), 0, time.perf_counter()
-    reader = Reader(predictor.speller)
+    reader = TokenReader(predictor.speller)
     for known in tokens:
         reader.read(known)
     drawn = generate(predictor, tokens, args.temperature, args.top_p, generator)

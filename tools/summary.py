@@ -23,7 +23,7 @@ from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.plan import parse_plan
 from loopgolf.runtime import run_program
-from loopgolf.words import decode_tokens
+from loopgolf.words import decode_document
 from tools.lib.predictor import load_predictor
 from tools.lib.runlog import read_result
 from tools.sample import generate
@@ -59,7 +59,7 @@ def read_scored_text(config: train_gpt.Config) -> bytes:
     stream = TokenStream(config.data_path, "val", config.vocab_size)
     documents = train_gpt.split_documents(stream.read(0, stream.total), config.bos_id)
     scored = documents[: config.score_documents or None]
-    return "".join(decode_tokens(tokenizer, document.tolist()) for document in scored).encode()
+    return "".join(decode_document(tokenizer, document.tolist()) for document in scored).encode()
 
 
 def describe_score(config: train_gpt.Config, result: dict[str, str]) -> str:

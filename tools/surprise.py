@@ -28,7 +28,7 @@ from torch import Tensor
 
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
-from tools.lib.predictor import InputError, Predictor, Reader, add_model_options, load_predictor, read_file
+from tools.lib.predictor import InputError, Predictor, TokenReader, add_model_options, load_predictor, read_file
 
 SPAN_BYTES = 60  # a span ends at the first space after so many bytes
 SHOWN = 4  # spans of each kind
@@ -76,13 +76,21 @@ class Report:
 
 
 def cut_spans(pieces: list[bytes], bits: np.ndarray) -> Iterator[Span]:
-    """Spans of some words. A character spelled by several pieces belongs to the last of them."""
-    start = at = 0
-    total, parts, decoder = 0.0, [], codecs.getincrementaldecoder("utf-8")("replace")
+    """Spans of some words. A character spelled by several pieces belongs to the last of them, and marks of words, which
+    have no bytes, to the piece after them."""
+    start = at = shown = 0
+    total = hidden = 0.0
+    parts, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
     for index, (piece, cost) in enumerate(zip(pieces, bits)):
-        at, total = at + len(piece), total + cost
+        at += len(piece)
+        hidden += cost
         is_last = index + 1 == len(pieces)
-        parts.append((decoder.decode(piece, final=is_last), cost / max(1, len(piece))))
+        text = decoder.decode(piece, final=is_last)
+        if not text and not is_last:
+            continue
+        parts.append((text, hidden / max(1, at - shown)))
+        total += hidden
+        hidden, shown = 0.0, at
         if is_last or (at - start >= SPAN_BYTES and pieces[index + 1][:1].isspace()):
             yield Span(start, total / max(1, at - start), [part for part in parts if part[0]])
             start, total, parts = at, 0.0, []
@@ -97,7 +105,7 @@ def measure(predictor: Predictor, path: Path) -> Report:
     meter = TokenMeter(row)
     predictor.score(row, meter)
     bits = meter.nats[1:] / math.log(2)
-    pieces = list(map(Reader(predictor.speller).read, tokens))
+    pieces = list(map(TokenReader(predictor.speller).read, tokens))
     bpb = {"artifact": float(bits.sum() / len(content))}
     bpb |= {name: 8 * len(compress(content)) / len(content) for name, compress in COMPRESSORS.items()}
     spans = sorted(cut_spans(pieces, bits), key=lambda span: -span.bpb)

@@ -40,6 +40,7 @@ class Speller:
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         self.tokenizer = tokenizer
         self.pieces = [self.read_piece(token) for token in range(len(tokenizer))]
+        self.opens_with_space = [tokenizer.id_to_piece(i).startswith(SPACE_MARKER) for i in range(len(tokenizer))]
         self.by_byte = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.opener = chr(LETTERS_OF_NOBODY[0])  # text after it gets no space in front
         self.opener_tokens = len(encode_document(tokenizer, self.opener))
@@ -53,7 +54,7 @@ class Speller:
         return b"" if any(test(token) for test in tests) else piece.replace(SPACE_MARKER, " ").encode()
 
     def to_bytes(self, tokens: list[int]) -> bytes:
-        return b"".join(map(Reader(self).read, tokens))
+        return b"".join(map(TokenReader(self).read, tokens))
 
     def to_tokens(self, content: bytes) -> list[int]:
         """Without the BOS."""
@@ -73,7 +74,7 @@ class Speller:
             tokens = encode_document(self.tokenizer, lead + text)[1 if is_first else self.opener_tokens :]
         except StopIteration:  # a text with U+2581 and every private letter leaves no stand-in; its halves will
             tokens = []
-        found = b"".join(map(Reader(self, is_first).read, tokens))
+        found = b"".join(map(TokenReader(self, is_first).read, tokens))
         if found == text.encode():
             return tokens
         if len(text) == 1:
@@ -82,7 +83,7 @@ class Speller:
         return self.spell_text(text[:half], is_first) + self.spell_text(text[half:], False)
 
 
-class Reader:
+class TokenReader:
     """Tokens to bytes, one after another. `is_first`: they begin a document."""
 
     def __init__(self, speller: Speller, is_first: bool = True):
@@ -92,7 +93,7 @@ class Reader:
 
     def read(self, token: int) -> bytes:
         content = self.speller.pieces[token]
-        if self.is_first and self.speller.tokenizer.id_to_piece(token).startswith(SPACE_MARKER):
+        if self.is_first and self.speller.opens_with_space[token]:
             content = content[1:]
         self.is_first = False
         return self.unmarker.feed(content) if self.speller.has_marks else content
