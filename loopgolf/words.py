@@ -26,8 +26,10 @@ WORD = re.compile(f"[{MARKS}]|(?P<blank> ?)(?P<word>[A-Z]{{2,}}(?![a-z])|[A-Z][a
 
 
 def has_marks(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    has_piece = [tokenizer.piece_to_id(char) != tokenizer.unk_id() for char in MARKS + ascii_uppercase]
-    return all(has_piece[: len(MARKS)]) and not any(has_piece[len(MARKS) :])
+    def has_piece(char: str) -> bool:
+        return tokenizer.piece_to_id(char) != tokenizer.unk_id()
+
+    return all(map(has_piece, MARKS)) and not any(map(has_piece, ascii_uppercase))
 
 
 def drop_marks(piece: str) -> str:
@@ -49,8 +51,9 @@ def mark_word(found: re.Match[str]) -> str:
     if found["blank"]:
         return f"{case} {lower}"
     at = found.start()
-    goes_on = at == 0 or found.string[at - 1].isalnum()  # a document's first blank is the tokenizer's; `nd` of `2nd`
-    if goes_on and not case:
+    is_first = at == 0  # the tokenizer itself puts a blank before a document
+    goes_on = not is_first and found.string[at - 1].isalnum()  # the `nd` of `2nd`
+    if not case and (is_first or goes_on):
         return lower
     return f"{case}{JOIN} {lower}"
 
