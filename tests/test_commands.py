@@ -34,7 +34,7 @@ NOT_RUN = {
     r"^python -c": "the reader's text, made below",
 }
 # what a reader's names stand for
-NAMES = {"$STEPS": "3"}
+NAMES = {"$STEPS": "3", "data/fineweb_sp8192": "data/local", "--vocab_size 8192": "--vocab_size 400"}
 NAMES |= {f"runs/pocket-seed{seed}": f"runs/{name}" for seed, name in ((1337, "A"), (42, "B"), (2024, "C"))}
 SETTINGS = TINY | dict(model_dim=16, num_heads=1, rope_dims=4, text_sha256="", eval_budget=100.0, iterations=2)
 
