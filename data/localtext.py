@@ -37,6 +37,7 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import loopgolf.words
 from data.folder import (
     TOKENIZER,
     building,
@@ -50,7 +51,6 @@ from data.folder import (
     write_manifest,
 )
 from data.tokenizer import VAL_FRACTION, encode_documents, is_validation, train_tokenizer
-from loopgolf import words
 from loopgolf.errors import DataError
 from loopgolf.options import Parser
 from loopgolf.runtime import run_program
@@ -261,7 +261,7 @@ def content_hash(document: Document) -> str:
 
 def compute_key(distributions: dict[str, Distribution], absent: list[str], vocab_size: int, held_out: bool) -> dict:
     """Everything that decides the corpus; a folder whose manifest holds the same key needs no new build."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(words.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(loopgolf.words.__file__)]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return {
         "python": platform.python_version(),

@@ -135,7 +135,9 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
 
 def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     """BOS, then the pieces of the text, with marks for its words where the tokenizer has them."""
-    return [tokenizer.bos_id(), *encode_text(tokenizer, mark_words(text) if has_marks(tokenizer) else text)]
+    if has_marks(tokenizer):
+        text = mark_words(text)
+    return [tokenizer.bos_id(), *encode_text(tokenizer, text)]
 
 
 def encode_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
@@ -170,7 +172,8 @@ def spell_bytes(tokenizer: sentencepiece.SentencePieceProcessor, character: str)
 
 def read_documents(folder: str | Path, split: str) -> Iterator[str]:
     """The documents of a dataset folder; the shards may cut them anywhere."""
-    tokenizer, unfinished = load_tokenizer(Path(folder) / TOKENIZER), np.empty(0, np.uint16)
+    tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
+    unfinished = np.empty(0, np.uint16)
     for path in find_shards(folder, split):
         tokens = read_shard(path, len(tokenizer))
         first, *others = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id()))
@@ -365,7 +368,7 @@ def encode_folder(
     """The documents of a dataset folder with another tokenizer, each in the split where it was."""
     splits = [split for split in ("train", "val") if any(Path(source).glob(f"*_{split}_*.bin"))]
     counts = {}
-    for split in splits or ["train"]:  # where there is none, it is missed
+    for split in splits or ["train"]:  # without any, the search for its shards says what is missing
         texts = read_documents(source, split)
         val_fraction = 1.0 if split == "val" else 0.0
         encoded = encode_documents(texts, tokenizer_path, folder, name, val_fraction, shard_tokens, workers)

@@ -195,14 +195,14 @@ def forbid_misplaced_marks(
     is_letter = np.isin(first, list(ascii_lowercase))
     begins_word = np.array([text == SPACE or text[:2] in WORD_STARTS for text in texts])
     is_alnum = np.array([char.isalnum() for char in last])
-    is_partial = is_special | (is_byte & (last > "\x7f"))  # what the text has there may be anything
+    is_open = is_special | (is_byte & (last > "\x7f"))  # whether the text has a letter there, nobody knows
     is_case = np.isin(last, [TITLE, UPPER])
     allowed[:, np.isin(first, list(ascii_uppercase))] = False
     allowed[np.ix_(last == JOIN, ~begins_word)] = False
     allowed[np.ix_(is_case, ~begins_word & (first != JOIN))] = False
     allowed[np.ix_(last == ESCAPE, ~np.isin(first, list(SIGNS)))] = False
-    allowed[np.ix_(~is_alnum & ~is_partial & (last != SPACE), is_letter)] = False
-    allowed[np.ix_(is_alnum & ~is_partial, first == JOIN)] = False
+    allowed[np.ix_(~is_alnum & ~is_open & (last != SPACE), is_letter)] = False
+    allowed[np.ix_(is_alnum & ~is_open, first == JOIN)] = False
     allowed[np.ix_(last == SPACE, first == JOIN)] = False
 
 

@@ -115,10 +115,17 @@ def test_marks_and_control_tokens_of_any_name(documents):
     """What control tokens are called is no text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(map(mark_words, documents)), model_writer=model, model_type="bpe", vocab_size=500,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, required_chars=MARKS, bos_piece="BOS",
-        byte_fallback=True, minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(map(mark_words, documents)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        required_chars=MARKS,
+        bos_piece="BOS",
+        minloglevel=2,
+    )
     other = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert has_marks(other)
     tokens = [token for text in documents for token in encode_document(other, text)]
