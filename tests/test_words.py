@@ -32,6 +32,7 @@ texts = st.one_of(
         ("HTTPServer, HTTPs", "UJ httpTJ server,U httTJ ps"),
         ("snake_case\nline", "snake_J case\nJ line"),
         ("I am", "TJ i am"),
+        ("THE end OF it", "UJ the endU of it"),
         ("2nd x2 2X", "2nd x2 2TJ x"),
         ("dès lors", "dès lors"),
         (" the  end", " the  end"),
